@@ -1,0 +1,1 @@
+"""The CPU runner: experts as oneDNN matrix products on packed weights."""

@@ -1,0 +1,369 @@
+"""What a plugin declares: frozen data with string targets, and the negotiation of terms between two sides.
+
+A target is "package.module:attribute", imported only when a plan that uses it is bound. Every target names a *factory*
+that is called once with a `moe_core.protocols.Binding` (weights functions take the weights too) and returns what the
+protocol says. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from moe_core._frozen import FrozenDict
+from moe_core.capability import Reason, Support, arch_matches
+from moe_core.errors import SpecError
+from moe_core.vocabulary import (
+    PLUGIN_API,
+    BackendName,
+    DroppedSlot,
+    FormatId,
+    IdSpace,
+    Maturity,
+    Owner,
+    PayloadId,
+    Phase,
+    Step,
+)
+
+_NAME = re.compile(r"^[a-z][a-z0-9_]*$")
+_TARGET = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
+
+
+def _check(owner: str, name: str, *targets: str | None) -> None:
+    if not _NAME.match(name):
+        raise SpecError(f"{owner} has the name {name!r}", hint="use lower-case letters, digits and underscores")
+    for target in targets:
+        if target is not None and not _TARGET.match(target):
+            raise SpecError(f"{owner} {name!r} has the target {target!r}", hint="write 'package.module:attribute'")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PluginInfo:
+    """Who a plugin is. `api` is the plugin API that it was written for."""
+
+    name: str
+    summary: str
+    url: str = ""
+    api: tuple[int, int] = PLUGIN_API
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormatSpec:
+    """A layout of dispatch outputs and of the combine inputs that match it (targets name the two classes)."""
+
+    id: FormatId
+    summary: str
+    dispatch_output: str
+    combine_input: str
+
+    def __post_init__(self) -> None:
+        _check("format", self.id, self.dispatch_output, self.combine_input)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offers:
+    """What a dispatcher can give in one format. Sets: the runner's side has the preference.
+
+    can: steps that it may take on in `combine`; always: steps that it does whatever was agreed.
+    extras: open strings, "expert_map", "expert_mask", "host_counts", "num_valid", ...
+    """
+
+    id_spaces: frozenset[IdSpace]
+    dropped: frozenset[DroppedSlot]
+    payloads: frozenset[PayloadId] = frozenset({"bf16"})
+    ids_dtypes: frozenset[str] = frozenset({"int32"})
+    extras: frozenset[str] = frozenset()
+    can: frozenset[Step] = frozenset()
+    always: frozenset[Step] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wants:
+    """What an adapter or fused func takes. Tuples are in order of preference; `extras` must all be given."""
+
+    id_spaces: tuple[IdSpace, ...] = (IdSpace.LOCAL,)
+    dropped: tuple[DroppedSlot, ...] = (DroppedSlot.NEGATIVE, DroppedSlot.NEVER)
+    payloads: tuple[PayloadId, ...] = ("bf16",)
+    ids_dtypes: tuple[str, ...] = ("int32",)
+    extras: frozenset[str] = frozenset()
+    can: frozenset[Step] = frozenset({Step.ROUTER_WEIGHT, Step.TOPK_SUM, Step.ROUTED_SCALING})
+    always: frozenset[Step] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What both sides agreed on. `steps` names the owner of each semantic step of the layer."""
+
+    id_space: IdSpace
+    dropped: DroppedSlot
+    payload: PayloadId
+    ids_dtype: str
+    extras: frozenset[str]
+    steps: Mapping[Step, Owner]
+
+    def owner(self, step: Step) -> Owner | None:
+        """Who performs `step`, or None where the layer has no such step."""
+        return self.steps.get(step)
+
+    def runner_does(self, step: Step) -> bool:
+        """Whether the runner's side performs `step`."""
+        return self.steps.get(step) is Owner.RUNNER
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatcherSpec:
+    """A dispatcher. `formats` says which format it gives in each phase, `offers` its offer in each format.
+
+    maturity: architecture window -> how it was verified there. why_not: target of an import-free function
+    (request, subject) -> list[Reason], for rules that `Support` cannot express.
+    """
+
+    name: BackendName
+    summary: str
+    factory: str
+    formats: Mapping[Phase, FormatId]
+    offers: Mapping[FormatId, Offers]
+    support: Support
+    priority: int = 100
+    maturity: Mapping[str, Maturity] = field(default_factory=FrozenDict)
+    options: Mapping[str, str] = field(default_factory=FrozenDict)
+    why_not: str | None = None
+
+    def __post_init__(self) -> None:
+        _check("dispatcher", self.name, self.factory, self.why_not)
+        for name in ("formats", "offers", "maturity", "options"):
+            object.__setattr__(self, name, FrozenDict(getattr(self, name)))
+        if not self.formats:
+            raise SpecError(f"dispatcher {self.name!r} gives no format in any phase")
+        lacking = sorted(set(self.formats.values()) - set(self.offers))
+        if lacking:
+            raise SpecError(f"dispatcher {self.name!r} gives {lacking} without saying what it offers there")
+
+    @property
+    def subject(self) -> str:
+        """Its name in reasons."""
+        return f"dispatcher:{self.name}"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All targets that binding will import."""
+        return (self.factory,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerSpec:
+    """A runner core.
+
+    factory(binding) -> RunnerCore. prepare(weights, binding) -> QuantInfo in one of `layouts`.
+    update(quant_info, weights, binding) refreshes it in place; without one, the core prepares anew and copies.
+    requirements(config, parallel) -> WeightRequirements: sizes to pad to, before weights are allocated; import-free.
+    options: name -> what it does; the values come from `Settings.options[name]`. last_resort: correct, but slow.
+    """
+
+    name: BackendName
+    summary: str
+    factory: str
+    prepare: str
+    support: Support
+    layouts: frozenset[str]
+    update: str | None = None
+    requirements: str | None = None
+    priority: int = 100
+    maturity: Mapping[str, Maturity] = field(default_factory=FrozenDict)
+    options: Mapping[str, str] = field(default_factory=FrozenDict)
+    last_resort: bool = False
+    why_not: str | None = None
+
+    def __post_init__(self) -> None:
+        _check("runner", self.name, self.factory, self.prepare, self.update, self.requirements, self.why_not)
+        for name in ("maturity", "options"):
+            object.__setattr__(self, name, FrozenDict(getattr(self, name)))
+        if not self.layouts:
+            raise SpecError(f"runner {self.name!r} declares no weight layout")
+        if not self.support.schemes:
+            raise SpecError(f"runner {self.name!r} supports no quant scheme")
+
+    @property
+    def subject(self) -> str:
+        """Its name in reasons."""
+        return f"runner:{self.name}"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All targets that binding will import."""
+        return tuple(t for t in (self.factory, self.prepare, self.update) if t is not None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSpec:
+    """The two adapters of one (format, runner): pre(binding) -> pre-permute, post(binding) -> post-permute.
+
+    An adapter belongs to the runner's plugin, or to anyone who can write it.
+    """
+
+    runner: BackendName
+    format: FormatId
+    pre: str
+    post: str
+    wants: Wants
+
+    def __post_init__(self) -> None:
+        _check("adapter for runner", self.runner, self.pre, self.post)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All targets that binding will import."""
+        return (self.pre, self.post)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusedSpec:
+    """A fused func for one (format, runner): target(binding) -> callable replacing pre-permute, run, post-permute.
+
+    gives_up: features and hook points that the runner has and the fused func has not ("after_gate_up", ...).
+    """
+
+    runner: BackendName
+    format: FormatId
+    target: str
+    wants: Wants
+    gives_up: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        _check("fused func for runner", self.runner, self.target)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All targets that binding will import."""
+        return (self.target,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusedPathSpec:
+    """A path where dispatch and combine happen inside the kernel too: target(binding) -> FusedPath.
+
+    `runner` names the runner spec whose weights it uses. It performs every step but those that the caller does.
+    """
+
+    name: BackendName
+    summary: str
+    runner: BackendName
+    target: str
+    support: Support
+    priority: int = 100
+    gives_up: frozenset[str] = frozenset()
+    maturity: Mapping[str, Maturity] = field(default_factory=FrozenDict)
+
+    def __post_init__(self) -> None:
+        _check("fused path", self.name, self.target)
+        object.__setattr__(self, "maturity", FrozenDict(self.maturity))
+
+    @property
+    def subject(self) -> str:
+        """Its name in reasons."""
+        return f"fused_path:{self.name}"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All targets that binding will import."""
+        return (self.target,)
+
+
+def maturity_on(maturity: Mapping[str, Maturity], arch: str) -> Maturity:
+    """The best maturity that a spec declares for `arch`; `untested` where it declares none."""
+    levels = list(Maturity)
+    found = [level for window, level in maturity.items() if arch_matches(arch, window)]
+    return min(found, key=levels.index) if found else Maturity.UNTESTED
+
+
+def negotiate(
+    offers: Offers,
+    wants: Wants,
+    *,
+    subject: str,
+    steps: frozenset[Step] = frozenset(),
+    caller_does: frozenset[Step] = frozenset(),
+    caller_can: frozenset[Step] = frozenset(),
+    allow_never: bool = False,
+) -> Terms | list[Reason]:
+    """The terms of a dispatcher's offer and a runner's wants, or every reason why there are none.
+
+    `allow_never` admits `DroppedSlot.NEVER`: true only where the caller promises that no slot is dropped and the
+    dispatcher drops none itself. Each of `steps` gets one owner; who does it anyhow comes first, then the runner
+    (its kernels do it for free), then the dispatcher, then the caller.
+    """
+    reasons: list[Reason] = []
+
+    def first(code: str, what: str, wanted: tuple[str, ...], offered: frozenset[str]) -> str | None:
+        for value in wanted:
+            if value in offered:
+                return value
+        needed, found = " or ".join(map(str, wanted)) or "nothing", ", ".join(sorted(map(str, offered))) or "none"
+        reasons.append(
+            Reason(subject, code, f"the runner takes {what} {needed}; the dispatcher offers {found}", needed, found)
+        )
+        return None
+
+    space = first("contract.id_space", "ids that are", tuple(wants.id_spaces), frozenset(offers.id_spaces))
+    dropped_offered = offers.dropped if allow_never else offers.dropped - {DroppedSlot.NEVER}
+    dropped = first("contract.dropped", "dropped slots written as", tuple(wants.dropped), frozenset(dropped_offered))
+    payload = first("contract.payload", "payload", wants.payloads, offers.payloads)
+    ids_dtype = first("contract.ids_dtype", "ids of", wants.ids_dtypes, offers.ids_dtypes)
+    missing = wants.extras - offers.extras
+    if missing:
+        names = ", ".join(sorted(missing))
+        reasons.append(
+            Reason(subject, "contract.extras", f"the dispatcher does not offer {names}", names, None)
+        )
+    owners = _assign_steps(offers, wants, steps, caller_does, caller_can, subject, reasons)
+    if reasons or space is None or dropped is None or payload is None or ids_dtype is None:
+        return reasons
+    return Terms(
+        id_space=IdSpace(space),
+        dropped=DroppedSlot(dropped),
+        payload=payload,
+        ids_dtype=ids_dtype,
+        extras=wants.extras,
+        steps=FrozenDict(owners),
+    )
+
+
+def _assign_steps(
+    offers: Offers,
+    wants: Wants,
+    steps: frozenset[Step],
+    caller_does: frozenset[Step],
+    caller_can: frozenset[Step],
+    subject: str,
+    reasons: list[Reason],
+) -> dict[Step, Owner]:
+    owners: dict[Step, Owner] = {}
+    sides = ((Owner.RUNNER, wants.always), (Owner.DISPATCHER, offers.always), (Owner.CALLER, caller_does))
+    able = ((Owner.RUNNER, wants.can), (Owner.DISPATCHER, offers.can), (Owner.CALLER, caller_can))
+    for step in sorted(Step):
+        fixed = [owner for owner, does in sides if step in does]
+        if len(fixed) > 1 and step in steps:
+            names = " and ".join(fixed)
+            reasons.append(Reason(subject, "step.twice", f"{step.value} would be done by {names}", "one", names))
+        elif step not in steps:
+            # A scaling that a kernel always applies is harmless when the factor is 1; a sum that nobody asked for is not.
+            if step is Step.TOPK_SUM and any(owner is not Owner.CALLER for owner in fixed):
+                reasons.append(
+                    Reason(subject, "step.twice", "top-k slots would be summed, but no_combine was asked for")
+                )
+        else:
+            willing = fixed or [owner for owner, can in able if step in can]
+            if willing:
+                owners[step] = willing[0]
+            else:
+                reasons.append(
+                    Reason(
+                        subject,
+                        "step.never",
+                        f"nobody would do {step.value}",
+                        hint=f"do it in the caller and say so: caller_does={{Step.{step.name}}}",
+                    )
+                )
+    return owners
