@@ -129,7 +129,11 @@ def _probe(req: Requires) -> tuple[str | None, str, str | None]:
     if spec.origin is None:
         # A folder without __init__.py on sys.path looks like a namespace package of that name.
         places = ", ".join(spec.submodule_search_locations or ())
-        return "dep.namespace", f"{req.module!r} is only a folder ({places}), not an installed package", places
+        return (
+            "dep.namespace",
+            f"{req.module!r} is only a folder ({places}), not an installed package",
+            places,
+        )
     if req.submodule:
         locations = spec.submodule_search_locations
         name = req.module
@@ -138,7 +142,11 @@ def _probe(req: Requires) -> tuple[str | None, str, str | None]:
             # PathFinder does not execute the parent package; find_spec("a.b") would.
             spec = PathFinder.find_spec(name, locations) if locations is not None else None
             if spec is None:
-                return "dep.impostor", f"{req.module!r} is installed but has no {name!r}: another package", None
+                return (
+                    "dep.impostor",
+                    f"{req.module!r} is installed but has no {name!r}: another package",
+                    None,
+                )
             locations = spec.submodule_search_locations
     if req.min_version:
         version = _metadata.version(req.distribution or req.module)
@@ -191,6 +199,7 @@ class Support:
     """What a runner or dispatcher can do. A field that is left out means "not supported" (or "any" for limits).
 
     devices: device type -> architecture windows ("*", "sm_90", ">=sm_80", "sm_90..sm_103"); "*" -> any device.
+    scheme_archs: narrower windows for single schemes (fp8 needs newer hardware than bf16).
     features: open strings; those the core derives from a layer are `bias`, `router_weight_on_input`, `no_combine`
     and `routed_scaling`; callers may require `compile`, `deterministic`, `lora`, `inplace` and plugins' own.
     graph_capture, host_sync: the phases in which it can be captured in a device graph / synchronizes the host.
@@ -199,6 +208,7 @@ class Support:
 
     devices: Mapping[DeviceType, tuple[str, ...]]
     schemes: frozenset[SchemeId] = frozenset()
+    scheme_archs: Mapping[SchemeId, tuple[str, ...]] = field(default_factory=FrozenDict)
     dtypes: frozenset[str] = frozenset()
     activations: frozenset[str] = frozenset()
     gated: frozenset[bool] = frozenset()
@@ -225,6 +235,7 @@ class Support:
         if not self.devices:
             raise SpecError("Support.devices is empty: name at least one device type, or '*'")
         object.__setattr__(self, "devices", FrozenDict(self.devices))
+        object.__setattr__(self, "scheme_archs", FrozenDict(self.scheme_archs))
 
     def why_not(self, request: PlanRequest, subject: str) -> list[Reason]:
         """All reasons why this cannot serve `request`; empty when it can. Pure."""

@@ -70,7 +70,8 @@ class RoutingConfig:
             )
         if self.group_score not in ("max", "top2_sum"):
             raise ConfigError(
-                f"unknown group_score {self.group_score!r}", hint=did_you_mean(self.group_score, ("max", "top2_sum"))
+                f"unknown group_score {self.group_score!r}",
+                hint=did_you_mean(self.group_score, ("max", "top2_sum")),
             )
         if not 1 <= self.topk_groups <= self.num_groups:
             raise ConfigError(
@@ -169,7 +170,8 @@ class ParallelConfig:
             if self.placement not in ("linear", "round_robin"):
                 raise ConfigError(
                     f"unknown placement {self.placement!r}",
-                    hint=did_you_mean(self.placement, ("linear", "round_robin")) + " (or a tuple: the rank of each expert)",
+                    hint=did_you_mean(self.placement, ("linear", "round_robin"))
+                    + " (or a tuple: the rank of each expert)",
                 )
         else:
             object.__setattr__(self, "placement", tuple(int(r) for r in self.placement))

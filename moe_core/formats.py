@@ -14,7 +14,7 @@ from moe_core.specs import FormatSpec
 from moe_core.vocabulary import BATCHED, GROUPED, STANDARD, FormatId
 
 if TYPE_CHECKING:
-    from torch import Tensor  # noqa: TID253
+    from torch import Tensor
 
 
 @dataclass(slots=True)

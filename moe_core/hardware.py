@@ -86,7 +86,7 @@ def profile(name: str) -> HardwareInfo:
 
 def detect() -> HardwareInfo:
     """The device that torch sees first: a GPU where there is one, else this CPU. Imports torch."""
-    import torch  # noqa: TID253
+    import torch
 
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())

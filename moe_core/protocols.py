@@ -10,14 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from moe_core.vocabulary import FormatId, Phase
+from moe_core.vocabulary import DroppedSlot, FormatId, Phase
 
 if TYPE_CHECKING:
-    import torch  # noqa: TID253
-    from torch import Tensor  # noqa: TID253
+    import torch
+    from torch import Tensor
 
     from moe_core.config import MoeConfig, ParallelConfig
     from moe_core.hardware import HardwareInfo
+    from moe_core.quant import QuantScheme
     from moe_core.specs import Terms
     from moe_core.topk import AnyTopK
     from moe_core.weights import CanonicalWeights
@@ -69,8 +70,9 @@ class RunningState:
 class Binding:
     """All that a factory gets when a plan is bound.
 
-    format and terms: of the path being bound (for a runner's own factory and its `prepare`: of the first path).
-    all_terms: the terms of every path of the plan. group: what the caller passed for communication (a
+    format and terms: of the path being bound (for a runner's own factory and its `prepare`: of the first path; a fused
+    path has none).
+    all_terms: the terms of every path of the plan. incoming: how the caller writes dropped slots. group: what the caller passed for communication (a
     torch.distributed ProcessGroup for the core's dispatchers). runner: the runner core, for adapters and fused funcs.
     options: the settings for this component by name. max_tokens: the most tokens one call brings, or None.
     """
@@ -78,13 +80,15 @@ class Binding:
     config: MoeConfig
     parallel: ParallelConfig
     hardware: HardwareInfo
+    scheme: QuantScheme
     device: torch.device
     dtype: torch.dtype
     num_local_experts: int
     local_intermediate_size: int
     format: FormatId
-    terms: Terms
+    terms: Terms | None
     all_terms: Mapping[FormatId, Terms]
+    incoming: DroppedSlot = DroppedSlot.NEGATIVE
     max_tokens: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     group: Any = None
@@ -168,7 +172,12 @@ class FusedPath(Protocol):
     """A whole layer in one callable."""
 
     def __call__(
-        self, hidden_states: Tensor, topk_output: AnyTopK, quant_info: Any, config: MoeConfig, state: RunningState
+        self,
+        hidden_states: Tensor,
+        topk_output: AnyTopK,
+        quant_info: Any,
+        config: MoeConfig,
+        state: RunningState,
     ) -> Tensor:
         """[T, H] -> [T, H]."""
 

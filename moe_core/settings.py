@@ -69,7 +69,7 @@ class Settings:
 
     @classmethod
     def load(cls, **explicit: Any) -> Settings:
-        """The settings in force: `explicit` arguments, then `settings(...)` contexts, the environment, the file."""
+        """The settings in force: `explicit` arguments, then `override(...)` contexts, the environment, the file."""
         known = {f.name for f in fields(cls)}
         for name in explicit:
             if name not in known:
@@ -82,8 +82,8 @@ _CONTEXT: ContextVar[dict[str, Any]] = ContextVar("moe_core_settings", default={
 
 
 @contextmanager
-def settings(**values: Any) -> Iterator[Settings]:
-    """Settings for every plan made in the block: `with moe_core.settings(runner="triton"): ...`."""
+def override(**values: Any) -> Iterator[Settings]:
+    """Settings for every plan made in the block: `with moe_core.override(runner="triton"): ...`."""
     Settings.load(**values)  # refuse bad values here, where they were written
     token = _CONTEXT.set(_CONTEXT.get() | values)
     try:

@@ -300,9 +300,18 @@ def negotiate(
         for value in wanted:
             if value in offered:
                 return value
-        needed, found = " or ".join(map(str, wanted)) or "nothing", ", ".join(sorted(map(str, offered))) or "none"
+        needed, found = (
+            " or ".join(map(str, wanted)) or "nothing",
+            ", ".join(sorted(map(str, offered))) or "none",
+        )
         reasons.append(
-            Reason(subject, code, f"the runner takes {what} {needed}; the dispatcher offers {found}", needed, found)
+            Reason(
+                subject,
+                code,
+                f"the runner takes {what} {needed}; the dispatcher offers {found}",
+                needed,
+                found,
+            )
         )
         return None
 
@@ -314,9 +323,7 @@ def negotiate(
     missing = wants.extras - offers.extras
     if missing:
         names = ", ".join(sorted(missing))
-        reasons.append(
-            Reason(subject, "contract.extras", f"the dispatcher does not offer {names}", names, None)
-        )
+        reasons.append(Reason(subject, "contract.extras", f"the dispatcher does not offer {names}", names, None))
     owners = _assign_steps(offers, wants, steps, caller_does, caller_can, subject, reasons)
     if reasons or space is None or dropped is None or payload is None or ids_dtype is None:
         return reasons

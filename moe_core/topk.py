@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeAlias
 from moe_core.vocabulary import TOPK_BYPASSED, TOPK_STANDARD
 
 if TYPE_CHECKING:
-    from torch import Tensor  # noqa: TID253
+    from torch import Tensor
 
 
 @dataclass(slots=True)

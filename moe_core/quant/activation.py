@@ -77,9 +77,7 @@ def dequantize_activation(
     described = activation_payload(payload) if isinstance(payload, str) else payload
     if isinstance(scale, TwoLevelScale) is not described.global_scale:
         wanted = "a TwoLevelScale" if described.global_scale else "a tensor"
-        raise ConfigError(
-            f"the scale of payload {described.id!r} must be {wanted}, got {type(scale).__name__}"
-        )
+        raise ConfigError(f"the scale of payload {described.id!r} must be {wanted}, got {type(scale).__name__}")
     block, global_scale = scale if isinstance(scale, TwoLevelScale) else (scale, None)
     if str(block.dtype) == "torch.float8_e8m0fnu":
         block = block.view(torch.uint8)
@@ -116,8 +114,7 @@ def _static_scale(scale: Tensor, payload: ActivationPayload) -> Tensor:
         raise ConfigError(f"payload {payload.id!r} takes no static scale", hint="leave scale out")
     if scale.numel() != 1 or not scale.is_floating_point():
         raise ConfigError(
-            f"the static scale of payload {payload.id!r} must be one float32,"
-            f" got {scale.dtype} {list(scale.shape)}"
+            f"the static scale of payload {payload.id!r} must be one float32, got {scale.dtype} {list(scale.shape)}"
         )
     value = scale.detach().to(torch.float32).reshape(1)
     if not (bool(torch.isfinite(value).all()) and bool((value > 0).all())):

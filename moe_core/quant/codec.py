@@ -138,13 +138,7 @@ def dequantize(
     if q.data.ndim < 2:
         raise WeightError(f"quantized weights must be [..., N, K], got {_describe(q.data)}")
     columns = q.data.shape[-1] * described.values_per_item
-    if (
-        group_size is None
-        and described.group_sizes
-        and q.scale is not None
-        and q.scale.ndim
-        and q.scale.shape[-1]
-    ):
+    if group_size is None and described.group_sizes and q.scale is not None and q.scale.ndim and q.scale.shape[-1]:
         found = columns // q.scale.shape[-1]
         group_size = found if found in described.group_sizes else None
     layout = described.scale_layout(group_size)
@@ -164,17 +158,13 @@ def _check_quantized(
         raise WeightError(f"{scheme.id!r} data must be {scheme.storage_dtype}, got {_describe(data)}")
     batch, n = tuple(data.shape[:-2]), data.shape[-2]
     scale = _check_scale("scale", q.scale, layout, scheme, batch, n, columns)
-    whole = (
-        ScaleLayout(granularity="tensor", rows=0, columns=0, dtype="float32") if scheme.global_scale else None
-    )
+    whole = ScaleLayout(granularity="tensor", rows=0, columns=0, dtype="float32") if scheme.global_scale else None
     global_scale = _check_scale("global_scale", q.global_scale, whole, scheme, batch, n, columns)
     if zero is not None:
         if not scheme.zero_points:
             raise WeightError(f"{scheme.id!r} has no zero points, got {_describe(zero)}")
         if zero.dtype != torch.uint8 or scale is None or zero.shape != scale.shape:
-            raise WeightError(
-                f"{scheme.id!r} zero points must be uint8 and shaped like scale, got {_describe(zero)}"
-            )
+            raise WeightError(f"{scheme.id!r} zero points must be uint8 and shaped like scale, got {_describe(zero)}")
     return QuantizedTensor(data, scale, zero, global_scale)
 
 

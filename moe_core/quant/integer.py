@@ -64,9 +64,7 @@ class _Int4Codec:
         # `low` is max(-x, 0), that is minus the lowest value.
         zero = torch.round(low / scale).clamp(0, 15)
         scaled = torch.round(weight / spread(scale, layout, n, k)) + spread(zero, layout, n, k)
-        return QuantizedTensor(
-            pack_nibbles(scaled.clamp(0, 15).to(torch.uint8)), scale, zero=zero.to(torch.uint8)
-        )
+        return QuantizedTensor(pack_nibbles(scaled.clamp(0, 15).to(torch.uint8)), scale, zero=zero.to(torch.uint8))
 
     def dequantize(self, q: QuantizedTensor, scheme: QuantScheme, layout: ScaleLayout | None) -> Tensor:
         layout = need(layout)

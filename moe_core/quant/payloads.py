@@ -83,6 +83,4 @@ def activation_payload(id: str) -> ActivationPayload:
     try:
         return ACTIVATION_PAYLOADS[id]
     except KeyError:
-        raise ConfigError(
-            f"unknown activation payload {id!r}", hint=did_you_mean(id, ACTIVATION_PAYLOADS)
-        ) from None
+        raise ConfigError(f"unknown activation payload {id!r}", hint=did_you_mean(id, ACTIVATION_PAYLOADS)) from None

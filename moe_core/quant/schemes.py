@@ -47,9 +47,7 @@ class ScaleLayout:
 
     def __post_init__(self) -> None:
         if self.rows < 0 or self.columns < 0:
-            raise ConfigError(
-                f"a scale covers {self.rows} rows x {self.columns} columns", hint="use 0 for all"
-            )
+            raise ConfigError(f"a scale covers {self.rows} rows x {self.columns} columns", hint="use 0 for all")
 
     @property
     def storage_dtype(self) -> str:
@@ -103,9 +101,7 @@ class QuantScheme:
         if group_size is None:
             return self.scale
         if not self.group_sizes:
-            raise ConfigError(
-                f"scheme {self.id!r} has no group size, got {group_size}", hint="leave group_size out"
-            )
+            raise ConfigError(f"scheme {self.id!r} has no group size, got {group_size}", hint="leave group_size out")
         if self.scale is None or group_size not in self.group_sizes:
             raise ConfigError(
                 f"scheme {self.id!r} does not allow group size {group_size}",
@@ -117,9 +113,7 @@ class QuantScheme:
         """Shape of the stored weights of one [n, k] matrix, in items of `storage_dtype`."""
         return (n, -(-k // self.values_per_item))
 
-    def scale_shape(
-        self, n: int, k: int, group_size: int | None = None, parts: int = 1
-    ) -> tuple[int, ...] | None:
+    def scale_shape(self, n: int, k: int, group_size: int | None = None, parts: int = 1) -> tuple[int, ...] | None:
         """Logical scale shape of one [n, k] matrix, None without scales. `parts`: see `ScaleLayout.shape`."""
         layout = self.scale_layout(group_size)
         return None if layout is None else layout.shape(n, k, parts)

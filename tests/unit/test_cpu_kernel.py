@@ -130,7 +130,7 @@ def test_layouts_dtypes_and_sizes(tokens: int, dtype: torch.dtype, pack: bool) -
 
 @pytest.mark.parametrize("act", [*GATED, *UNGATED], ids=lambda a: f"{a.name}-{a.gated}-{a.limit}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens", [1, 5, 90])
+@pytest.mark.parametrize("tokens", [1, 5, 180])
 def test_activations_with_bias(act: Activation, dtype: torch.dtype, tokens: int) -> None:
     layer = Layer(dtype, act.gated, bias=True)
     x, ids, scales = inputs(tokens, 2, dtype)
@@ -139,7 +139,7 @@ def test_activations_with_bias(act: Activation, dtype: torch.dtype, tokens: int)
         check(found, layer.forward(x, ids, scales, act), dtype)
 
 
-@pytest.mark.parametrize("tokens", [1, 6, 200])
+@pytest.mark.parametrize("tokens", [1, 6, 100])
 @pytest.mark.parametrize("combine", [True, False])
 def test_dropped_slots_are_exactly_zero(tokens: int, combine: bool) -> None:
     layer = Layer(torch.float32)
@@ -164,7 +164,7 @@ def test_dropped_slots_are_exactly_zero(tokens: int, combine: bool) -> None:
 def test_poisoned_weights_of_unused_experts_are_not_read() -> None:
     layer = Layer(torch.float32)
     layer.w13[3], layer.w2[3] = math.nan, math.inf
-    x, ids, scales = inputs(50)
+    x, ids, scales = inputs(300)
     ids[ids == 3] = -1
     assert experts_forward(x, ids, scales, layer.prepare(), SILU).isfinite().all()
 
@@ -216,9 +216,9 @@ def test_router_weight_on_input(tokens: int) -> None:
     check(found, layer.slots(x, ids, SILU, scales).sum(1), torch.float32)
 
 
-@pytest.mark.parametrize("tokens", [1, 64])
+@pytest.mark.parametrize("tokens", [1, 64, 100])
 def test_top_k_sum_is_accumulated_in_float32(tokens: int) -> None:
-    """Large slots that cancel: a sum in bfloat16 would lose the small one, and a bfloat16 weight its last bits."""
+    """Large slots that cancel: a bfloat16 sum would lose the small one, a bfloat16 weight its last bits."""
     w13, w2 = torch.zeros(3, 2, 2), torch.zeros(3, 2, 1)
     w13[:, 0, 0] = w13[:, 1, 1] = 1.0
     w2[0], w2[1], w2[2] = 256.0, -256.0, 0.5
@@ -286,7 +286,11 @@ def test_pickle_and_copy(dtype: torch.dtype, pack: bool) -> None:
     prepared = Layer(dtype, bias=True).prepare(pack)
     x, ids, scales = inputs(30, 2, dtype)
     first = experts_forward(x, ids, scales, prepared, SILU)
-    for other in (pickle.loads(pickle.dumps(prepared)), copy.deepcopy(prepared)):
+    data = pickle.dumps(prepared)
+    assert (
+        len(data) < 1.5 * E * (3 * I * H) * dtype.itemsize + 20_000
+    )  # each value once, whatever the views share
+    for other in (pickle.loads(data), copy.deepcopy(prepared)):
         assert other.layout == prepared.layout
         assert other.handle != prepared.handle
         assert LIVE[other.handle] is other

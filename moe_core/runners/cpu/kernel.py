@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from moe_core.config import Activation
     from moe_core.protocols import RunnerHooks
 
-_PHASED_ROWS = 128
+_PHASED_ROWS = 256
 """Up to so many rows, a whole intermediate result fits in the L2 cache and phases save calls; above, they
 cost misses."""
 _CHUNK_ROWS = 256
@@ -150,7 +150,7 @@ def _phased(
     linear = _linear(weights)
     w13, w2, bias13, bias2 = weights.w13, weights.w2, weights.bias13, weights.bias2
     experts, counts = slots.experts, slots.counts
-    x = _gather(hidden, sources, input_scales, slots.order.size(0)).split(counts)
+    x = _gather(hidden, sources, input_scales, slots.order.size(0)).split_with_sizes(counts)
     gate_up = torch.cat([linear(part, w13[e], bias13[e]) for part, e in zip(x, experts, strict=True)])
     info = None
     if hooks is not None:
@@ -164,7 +164,7 @@ def _phased(
         )
         if hooks.after_gate_up is not None:
             hooks.after_gate_up(gate_up, info)
-    inner = activate(gate_up, activation).split(counts)
+    inner = activate(gate_up, activation).split_with_sizes(counts)
     down = torch.cat([linear(part, w2[e], bias2[e]) for part, e in zip(inner, experts, strict=True)])
     if hooks is not None and info is not None and hooks.after_down is not None:
         hooks.after_down(down, info)
@@ -187,9 +187,9 @@ def _by_expert(
     parts = zip(
         slots.experts,
         counts,
-        result.split(counts),
-        (None,) * len(counts) if sources is None else sources.split(counts),
-        (None,) * len(counts) if input_scales is None else input_scales.split(counts),
+        result.split_with_sizes(counts),
+        (None,) * len(counts) if sources is None else sources.split_with_sizes(counts),
+        (None,) * len(counts) if input_scales is None else input_scales.split_with_sizes(counts),
         strict=True,
     )
     for e, count, target, source, scale in parts:
@@ -215,6 +215,8 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
         up = up.add_(activation.beta)
     else:
         gate = _FUNCTIONS[activation.name](gate)
+    if x.dtype == torch.float32:
+        return gate * up
     # The product rounds once, while it writes; separate passes would read [rows, I] twice more.
     return torch.mul(gate, up, out=x.new_empty(up.shape))
 
@@ -243,9 +245,7 @@ def _sum_one(result: Tensor, slots: _Slots, scales: Tensor | None, output_scale:
     return total.to(result.dtype)
 
 
-def _sum(
-    result: Tensor, slots: _Slots, scales: Tensor | None, output_scale: float, tokens: int, top_k: int
-) -> Tensor:
+def _sum(result: Tensor, slots: _Slots, scales: Tensor | None, output_scale: float, tokens: int, top_k: int) -> Tensor:
     """result [S, H] sorted by expert -> [T, H]: gather, scale and float32 sum in one pass (an embedding bag
     a token)."""
     order, kept, dtype = slots.order, slots.kept, result.dtype

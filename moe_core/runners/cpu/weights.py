@@ -42,8 +42,8 @@ class CpuWeights:
     """The quant info of the CPU runner; made by `prepare`.
 
     w13: an expert's [2I, H] rows gate; up ([I, H] without gate), w2: an expert's [H, I]; each packed or a
-    view, see `layout`. bias13 [2I] or [I], bias2 [H]: in the dtype of the weights, or None. onednn: products go
-    through oneDNN's linear (always for packed weights), else through `torch.nn.functional.linear`.
+    view, see `layout`. bias13 [2I] or [I], bias2 [H]: in the dtype of the weights, or None. onednn: products
+    go through oneDNN's linear (always for packed weights), else through `torch.nn.functional.linear`.
     """
 
     layout: str
@@ -66,11 +66,14 @@ class CpuWeights:
 
     def __getstate__(self) -> dict[str, Any]:
         # Opaque oneDNN tensors have no storage to pickle, and their layout depends on the machine: rows
-        # travel.
+        # travel. Stacked, since each view of a shared tensor would be pickled with all of its storage.
         state = dict(self.__dict__)
         del state["handle"]
         for name in ("w13", "w2"):
-            state[name] = tuple(w.to_dense() if w.is_mkldnn else w for w in state[name])
+            state[name] = torch.stack([w.to_dense() if w.is_mkldnn else w for w in state[name]])
+        for name in ("bias13", "bias2"):
+            rows = [b for b in state[name] if b is not None]
+            state[name] = torch.stack(rows) if rows else None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -78,9 +81,11 @@ class CpuWeights:
         if self.layout == BLOCKED and not can_pack(self.dtype):
             self.layout = ROWS
         self.onednn = can_use_onednn(self.dtype)
-        if self.layout == BLOCKED:
-            self.w13 = tuple(map(_pack, self.w13))
-            self.w2 = tuple(map(_pack, self.w2))
+        convert = _pack if self.layout == BLOCKED else _same
+        self.w13 = tuple(convert(w) for w in state["w13"])
+        self.w2 = tuple(convert(w) for w in state["w2"])
+        self.bias13 = _rows_of(state["bias13"], self.dtype, self.num_experts)
+        self.bias2 = _rows_of(state["bias2"], self.dtype, self.num_experts)
         self.__post_init__()
 
 

@@ -1,0 +1,40 @@
+"""Targets ("package.module:attribute"): loading them, and asking whether they exist without importing anything."""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+from typing import Any
+
+from moe_core.errors import DependencyError
+
+
+def load(target: str, *, wanted_by: str) -> Any:
+    """Import `target`. Raises DependencyError with the original error as its cause."""
+    try:
+        return pkgutil.resolve_name(target)
+    except Exception as error:
+        # Vendor packages raise far more than ImportError when a driver or a library is missing.
+        raise DependencyError(
+            f"{wanted_by} needs {target!r}, and importing it failed: {type(error).__name__}: {error}",
+            hint="repair or uninstall what it imports, or choose another backend by name; `moe-core doctor` tells more",
+        ) from error
+
+
+def module_exists(target: str) -> bool:
+    """Whether the module of `target` can be found. Imports nothing but, for a submodule, looks into folders."""
+    module = target.partition(":")[0]
+    top, *rest = module.split(".")
+    try:
+        spec = find_spec(top)
+    except (ImportError, ValueError):
+        return False
+    name = top
+    for part in rest:
+        if spec is None or spec.submodule_search_locations is None:
+            return False
+        name = f"{name}.{part}"
+        # find_spec(name) would execute the parent packages; PathFinder does not.
+        spec = PathFinder.find_spec(name, spec.submodule_search_locations)
+    return spec is not None

@@ -1,0 +1,461 @@
+"""Selection: candidates, hard filters, negotiation, ranking. A pure function of the request, the specs and measurements.
+
+Components are judged first and pairs only among those that can serve, so that a report says each thing once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from moe_core import _checks, _lazy
+from moe_core.capability import Reason
+from moe_core.errors import NoUsableBackend, UnsupportedOverride
+from moe_core.request import PlanRequest, plain
+from moe_core.specs import (
+    AdapterSpec,
+    DispatcherSpec,
+    FusedPathSpec,
+    FusedSpec,
+    RunnerSpec,
+    Terms,
+    maturity_on,
+    negotiate,
+)
+from moe_core.vocabulary import DroppedSlot, FormatId, Maturity, Phase
+
+if TYPE_CHECKING:
+    from moe_core.measurements import Measurements
+    from moe_core.registry import Registry
+
+Component: TypeAlias = DispatcherSpec | RunnerSpec | FusedPathSpec
+
+
+@dataclass(frozen=True, slots=True)
+class PriorityNote:
+    """A change of priority and why, from the hook `moe_core_adjust_priority`."""
+
+    delta: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A component and every reason against it (none: usable)."""
+
+    spec: Component
+    plugin: str
+    reasons: tuple[Reason, ...]
+    maturity: Maturity
+
+    @property
+    def usable(self) -> bool:
+        """Whether nothing speaks against it."""
+        return not self.reasons
+
+
+@dataclass(frozen=True, slots=True)
+class PathChoice:
+    """How one format is served: by an adapter pair ("split") or a fused func ("fused"), under these terms."""
+
+    format: FormatId
+    kind: str
+    terms: Terms
+    spec: AdapterSpec | FusedSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A combination that can serve the request. `paths` is empty for a fused path, which replaces everything."""
+
+    dispatcher: str
+    runner: str
+    paths: tuple[tuple[Phase, PathChoice], ...]
+    priority: int
+    maturity: Maturity
+    fused_path: str | None = None
+    notes: tuple[PriorityNote, ...] = ()
+    measured_ms: float | None = None
+
+    @property
+    def kind(self) -> str:
+        """ "whole", "fused", "split", or "mixed" where the phases differ."""
+        if self.fused_path is not None:
+            return "whole"
+        kinds = {choice.kind for _, choice in self.paths}
+        return kinds.pop() if len(kinds) == 1 else "mixed"
+
+    @property
+    def id(self) -> str:
+        """A stable name: "standard+cpu/fused"."""
+        return f"{self.dispatcher}+{self.runner}/{self.kind}"
+
+    @property
+    def formats(self) -> tuple[FormatId, ...]:
+        """The formats that its dispatcher gives, in the order of the phases."""
+        return tuple(dict.fromkeys(choice.format for _, choice in self.paths))
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A pair of usable components, or one of its paths, that cannot serve."""
+
+    id: str
+    reasons: tuple[Reason, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """The ranked, explained decision. `candidates[0]` is chosen; none usable leaves it empty."""
+
+    request: PlanRequest
+    verdicts: tuple[Verdict, ...]
+    candidates: tuple[Candidate, ...]
+    rejected: tuple[Rejected, ...]
+    notes: tuple[str, ...]
+    versions: Mapping[str, str | None] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """The best candidate, or None."""
+        return self.candidates[0] if self.candidates else None
+
+    @property
+    def reasons(self) -> tuple[Reason, ...]:
+        """Everything that speaks against anything."""
+        return (
+            *(r for v in self.verdicts for r in v.reasons),
+            *(r for p in self.rejected for r in p.reasons),
+        )
+
+    def require(self) -> Candidate:
+        """The best candidate; raises UnsupportedOverride or NoUsableBackend with the whole report."""
+        if self.chosen is not None:
+            return self.chosen
+        from moe_core.explanation import refusal
+
+        settings = self.request.settings
+        forced = {"runner": settings.runner, "dispatcher": settings.dispatcher, "path": settings.path}
+        named = [f"{kind} {name!r}" for kind, name in forced.items() if name is not None]
+        message = refusal(self)
+        if named:
+            raise UnsupportedOverride(
+                f"{' and '.join(named)} was asked for by name and cannot serve this request\n{message}",
+                hint="drop the override to let the selection choose, or change what the reasons name",
+                resolution=self,
+                reasons=self.reasons,
+            )
+        raise NoUsableBackend(
+            f"no installed backend can serve this request\n{message}",
+            hint="`moe-core plugins` shows what is installed, `moe-core explain` asks the same question again",
+            resolution=self,
+            reasons=self.reasons,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over the problem, the choice, its terms and the versions involved; equal on all ranks."""
+        chosen = self.chosen
+        request = self.request.to_json()
+        for rank in ("ep_rank", "tp_rank"):
+            request["parallel"].pop(rank)
+        request["hardware"] = {k: request["hardware"][k] for k in ("device_type", "arch", "product")}
+        # How the choice came about may differ between ranks; what it is may not. Options change what runs.
+        request["settings"] = {"options": request["settings"]["options"]}
+        content = {
+            "request": request,
+            "choice": None if chosen is None else [chosen.id, [[p, c.format, plain(c.terms)] for p, c in chosen.paths]],
+            "versions": dict(sorted(self.versions.items())),
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def resolve(request: PlanRequest, registry: Registry, measurements: Measurements | None = None) -> Resolution:
+    """Answer `request`. Never raises for a layer that nothing can run: see `Resolution.require`.
+
+    Raises ConfigError for a forced name that does not exist.
+    """
+    settings = request.settings
+    if settings.runner is not None:
+        registry.runner(settings.runner)
+    if settings.dispatcher is not None and settings.dispatcher not in registry.fused_paths:
+        registry.dispatcher(settings.dispatcher)
+    dispatchers = [_judge(s, "dispatcher", request, registry) for _, s in sorted(registry.dispatchers.items())]
+    runners = [_judge(s, "runner", request, registry) for _, s in sorted(registry.runners.items())]
+    wholes = [_judge(s, "fused path", request, registry) for _, s in sorted(registry.fused_paths.items())]
+
+    candidates: list[Candidate] = []
+    rejected: list[Rejected] = []
+    for dispatcher in (v.spec for v in dispatchers if v.usable):
+        for runner in (v.spec for v in runners if v.usable):
+            if isinstance(dispatcher, DispatcherSpec) and isinstance(runner, RunnerSpec):
+                _join(dispatcher, runner, request, registry, candidates, rejected)
+    usable_runners = {v.spec.name for v in runners if v.usable}
+    for whole in (v.spec for v in wholes if v.usable):
+        if isinstance(whole, FusedPathSpec) and whole.runner in usable_runners:
+            _whole(whole, request, registry, candidates, rejected)
+    ranked = _rank(candidates, request, registry, measurements)
+    verdicts = (*runners, *dispatchers, *wholes)
+    return Resolution(
+        request,
+        verdicts,
+        tuple(ranked),
+        tuple(rejected),
+        tuple(_notes(ranked, request, registry)),
+        _versions(ranked, registry),
+    )
+
+
+def _judge(spec: Component, kind: str, request: PlanRequest, registry: Registry) -> Verdict:
+    subject, settings = spec.subject, request.settings
+    reasons = spec.support.why_not(request, subject)
+    maturity = maturity_on(spec.maturity, request.hardware.arch)
+    levels = list(Maturity)
+    if levels.index(maturity) > levels.index(settings.min_maturity):
+        reasons.append(
+            Reason(
+                subject,
+                "maturity",
+                f"{maturity.value} on {request.hardware.arch}, the settings ask for {settings.min_maturity.value}",
+                settings.min_maturity.value,
+                maturity.value,
+            )
+        )
+    if "targets" not in request.assume:
+        missing = sorted({t for t in spec.targets if not _lazy.module_exists(t)})
+        if missing:
+            owner = registry.owner(kind, spec.name)
+            reasons.append(
+                Reason(
+                    subject,
+                    "target.missing",
+                    f"plugin {owner!r} {registry.version_of(owner) or ''} declares it without its code "
+                    f"({', '.join(missing)})".replace("  ", " "),
+                    hint="this version only announces the backend; upgrade the plugin",
+                )
+            )
+    forced = settings.runner if isinstance(spec, RunnerSpec) else settings.dispatcher
+    if forced is not None and spec.name != forced and not _serves_forced(spec, settings.runner, settings.dispatcher):
+        reasons.append(Reason(subject, "override.excluded", f"{forced!r} was asked for by name", forced, spec.name))
+    if isinstance(spec, RunnerSpec):
+        reasons += _checks.scheme_reasons(request, subject, dict(registry.schemes))
+        if request.config.scheme not in registry.schemes:
+            reasons.append(
+                Reason(
+                    subject,
+                    "quant.unknown",
+                    f"no plugin describes the scheme {request.config.scheme!r}",
+                    request.config.scheme,
+                    ", ".join(sorted(registry.schemes)),
+                )
+            )
+        if spec.last_resort and not settings.allow_last_resort and settings.runner != spec.name:
+            reasons.append(
+                Reason(
+                    subject,
+                    "last_resort",
+                    "correct but slow; the settings exclude it",
+                    hint=f"name it (runner={spec.name!r}), or set allow_last_resort",
+                )
+            )
+    why_not = None if isinstance(spec, FusedPathSpec) else spec.why_not
+    if why_not is not None:
+        try:
+            reasons += _lazy.load(why_not, wanted_by=subject)(request, subject)
+        except Exception as error:  # a plugin's rule may raise anything; that speaks against the plugin only
+            reasons.append(Reason(subject, "probe.failed", f"{why_not} raised {type(error).__name__}: {error}"))
+    return Verdict(spec, registry.owner(kind, spec.name), tuple(reasons), maturity)
+
+
+def _serves_forced(spec: Component, runner: str | None, dispatcher: str | None) -> bool:
+    """A fused path replaces the dispatcher: forcing one by name excludes the others, in both directions."""
+    return isinstance(spec, FusedPathSpec) and dispatcher is None and runner in (None, spec.runner)
+
+
+def _join(
+    dispatcher: DispatcherSpec,
+    runner: RunnerSpec,
+    request: PlanRequest,
+    registry: Registry,
+    candidates: list[Candidate],
+    rejected: list[Rejected],
+) -> None:
+    """All candidates of one dispatcher and one runner: with fused funcs where there are any, and without."""
+    by_kind: dict[str, dict[Phase, PathChoice]] = {"fused": {}, "split": {}}
+    pair = f"{dispatcher.name}+{runner.name}"
+    for phase in request.phases:
+        format_id = dispatcher.formats.get(phase)
+        if format_id is None:
+            rejected.append(
+                Rejected(
+                    pair,
+                    (Reason(f"path:{pair}", "phase", f"{dispatcher.name} does not serve {phase.value}"),),
+                )
+            )
+            return
+        options: dict[str, AdapterSpec | FusedSpec | None] = {
+            "fused": registry.fused.get((format_id, runner.name)),
+            "split": registry.adapters.get((format_id, runner.name)),
+        }
+        found = False
+        for kind, spec in options.items():
+            if spec is None:
+                continue
+            path_id = f"{pair}/{kind}[{format_id}]"
+            outcome = _path(dispatcher, spec, kind, format_id, request, f"path:{path_id}")
+            if isinstance(outcome, PathChoice):
+                by_kind[kind][phase], found = outcome, True
+            elif Rejected(path_id, tuple(outcome)) not in rejected:
+                rejected.append(Rejected(path_id, tuple(outcome)))
+        if not found:
+            if not any(options.values()):
+                reason = Reason(
+                    f"path:{pair}",
+                    "path.missing",
+                    f"no adapter joins the format {format_id!r} with the runner {runner.name!r}",
+                    hint="anyone can register an AdapterSpec for them",
+                )
+                rejected.append(Rejected(f"{pair}[{format_id}]", (reason,)))
+            return
+    for preferred, other in (("fused", "split"), ("split", "fused")):
+        paths = tuple((p, by_kind[preferred].get(p) or by_kind[other][p]) for p in request.phases)
+        maturity = max(
+            (maturity_on(s.maturity, request.hardware.arch) for s in (dispatcher, runner)),
+            key=list(Maturity).index,
+        )
+        candidate = Candidate(dispatcher.name, runner.name, paths, dispatcher.priority + runner.priority, maturity)
+        if candidate not in candidates:
+            candidates.append(candidate)
+
+
+def _path(
+    dispatcher: DispatcherSpec,
+    spec: AdapterSpec | FusedSpec,
+    kind: str,
+    format_id: FormatId,
+    request: PlanRequest,
+    subject: str,
+) -> PathChoice | list[Reason]:
+    reasons: list[Reason] = []
+    wanted = request.settings.path
+    if wanted is not None and wanted != kind:
+        reasons.append(Reason(subject, "path.excluded", f"the path {wanted!r} was asked for", wanted, kind))
+    if "targets" not in request.assume:
+        missing = sorted({t for t in spec.targets if not _lazy.module_exists(t)})
+        if missing:
+            reasons.append(Reason(subject, "target.missing", f"declared without its code ({', '.join(missing)})"))
+    if isinstance(spec, FusedSpec):
+        needed = request.layer_features | request.features | request.hooks
+        for feature in sorted(needed & spec.gives_up):
+            reasons.append(Reason(subject, "feature", f"the fused func gives up {feature!r}", feature))
+    terms = negotiate(
+        dispatcher.offers[format_id],
+        spec.wants,
+        subject=subject,
+        steps=request.steps,
+        caller_does=request.caller_does | _caller_reduces(request),
+        caller_can=request.caller_can,
+        # A rank that holds only some experts sees slots of others, whatever the caller promised.
+        allow_never=request.incoming is DroppedSlot.NEVER and request.parallel.ep_size == 1,
+    )
+    if isinstance(terms, Terms) and not reasons:
+        return PathChoice(format_id, kind, terms, spec)
+    return reasons + (terms if isinstance(terms, list) else [])
+
+
+def _caller_reduces(request: PlanRequest) -> frozenset[Any]:
+    from moe_core.vocabulary import Step
+
+    both = frozenset({Step.EP_REDUCE, Step.TP_REDUCE})
+    return both if request.parallel.reduce == "caller" else frozenset()
+
+
+def _whole(
+    spec: FusedPathSpec,
+    request: PlanRequest,
+    registry: Registry,
+    candidates: list[Candidate],
+    rejected: list[Rejected],
+) -> None:
+    subject, reasons = spec.subject, []
+    wanted = request.settings.path
+    if wanted is not None and wanted != "whole":
+        reasons.append(Reason(subject, "path.excluded", f"the path {wanted!r} was asked for", wanted, "whole"))
+    for feature in sorted((request.layer_features | request.features | request.hooks) & spec.gives_up):
+        reasons.append(Reason(subject, "feature", f"the fused path gives up {feature!r}", feature))
+    for step in sorted(request.steps & (request.caller_does | _caller_reduces(request))):
+        reasons.append(Reason(subject, "step.twice", f"{step.value} would be done by the fused path and the caller"))
+    if reasons:
+        rejected.append(Rejected(spec.name, tuple(reasons)))
+        return
+    runner = registry.runners[spec.runner]
+    maturity = maturity_on(spec.maturity, request.hardware.arch)
+    candidates.append(
+        Candidate(spec.name, spec.runner, (), spec.priority + runner.priority, maturity, fused_path=spec.name)
+    )
+
+
+def _rank(
+    candidates: list[Candidate], request: PlanRequest, registry: Registry, measurements: Measurements | None
+) -> list[Candidate]:
+    """Best first: by priority, fused before split, then by name; measured candidates among themselves by time."""
+    judged = []
+    for candidate in candidates:
+        notes = []
+        for _, note in registry.call("moe_core_adjust_priority", request=request, candidate=candidate):
+            notes.append(note)
+        judged.append(
+            Candidate(
+                candidate.dispatcher,
+                candidate.runner,
+                candidate.paths,
+                candidate.priority + sum(n.delta for n in notes),
+                candidate.maturity,
+                candidate.fused_path,
+                tuple(notes),
+                measurements.score(request, candidate.id) if measurements is not None else None,
+            )
+        )
+    order = {"whole": 0, "fused": 1, "mixed": 2, "split": 3}
+    judged.sort(key=lambda c: (-c.priority, order[c.kind], c.id))
+    # An unmeasured candidate keeps its place; measured ones share out theirs by time. So a measurement never decides
+    # against something that it says nothing about.
+    places = [i for i, c in enumerate(judged) if c.measured_ms is not None]
+    by_time = sorted((judged[i] for i in places), key=lambda c: (c.measured_ms or 0.0, c.id))
+    for place, candidate in zip(places, by_time, strict=True):
+        judged[place] = candidate
+    return judged
+
+
+def _notes(ranked: list[Candidate], request: PlanRequest, registry: Registry) -> list[str]:
+    if not ranked:
+        return []
+    chosen, arch, notes = ranked[0], request.hardware.arch, []
+    for kind, spec in (
+        ("runner", registry.runners[chosen.runner]),
+        (
+            "dispatcher",
+            registry.dispatchers.get(chosen.dispatcher) or registry.fused_paths[chosen.dispatcher],
+        ),
+    ):
+        level = maturity_on(spec.maturity, arch)
+        if level is not Maturity.EXECUTED:
+            notes.append(f"{kind} {spec.name!r} is {level.value} on {arch}: it has not been seen running there")
+    runner = registry.runners[chosen.runner]
+    if runner.last_resort and request.settings.runner != runner.name:
+        notes.append(f"runner {runner.name!r} is correct but slow; nothing faster that is installed can serve this")
+    if request.assume:
+        notes.append(f"taken for granted, not checked on this machine: {', '.join(sorted(request.assume))}")
+    return notes
+
+
+def _versions(ranked: list[Candidate], registry: Registry) -> dict[str, str | None]:
+    if not ranked:
+        return {}
+    chosen = ranked[0]
+    kind = "fused path" if chosen.fused_path else "dispatcher"
+    owners = {registry.owner("runner", chosen.runner), registry.owner(kind, chosen.dispatcher)}
+    return {owner: registry.version_of(owner) for owner in sorted(owners)}
