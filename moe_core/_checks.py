@@ -15,7 +15,7 @@ def support_reasons(support: Support, request: PlanRequest, subject: str) -> lis
         for requirement in support.requires:
             reasons += requirement.why_not(subject)
     if subject.startswith("dispatcher:"):
-        reasons += _parallel(support, request, subject)
+        reasons += _carried(support, request, subject)
     else:
         reasons += _layer(support, request, subject)
     reasons += _shape(support, request, subject)
@@ -72,10 +72,24 @@ def _layer(support: Support, request: PlanRequest, subject: str) -> Iterator[Rea
         yield Reason(subject, "feature", f"does not declare {feature!r}", feature, _names(support.features))
     for hook in sorted(request.hooks - support.hooks):
         yield Reason(subject, "feature", f"does not call the hook {hook!r}", hook, _names(support.hooks))
+    yield from _topk_format(support, request, subject)
+    yield from _parallel(support, request, subject)
+
+
+def _carried(support: Support, request: PlanRequest, subject: str) -> Iterator[Reason]:
+    """What a dispatcher carries but does not compute with."""
+    dtype = request.config.dtype
+    if support.dtypes and dtype not in support.dtypes:
+        found = _names(support.dtypes)
+        yield Reason(subject, "dtype", f"does not carry {dtype}; it carries {found}", dtype, found)
+    yield from _topk_format(support, request, subject)
+    yield from _parallel(support, request, subject)
+
+
+def _topk_format(support: Support, request: PlanRequest, subject: str) -> Iterator[Reason]:
     if request.topk_format not in support.topk_formats:
         found = _names(support.topk_formats)
         yield Reason(subject, "topk.format", f"takes the router's decision as {found}", request.topk_format, found)
-    yield from _parallel(support, request, subject)
 
 
 def _parallel(support: Support, request: PlanRequest, subject: str) -> Iterator[Reason]:
@@ -84,6 +98,10 @@ def _parallel(support: Support, request: PlanRequest, subject: str) -> Iterator[
     if size < low or (high is not None and size > high):
         window = f"{low}..{high}" if high is not None else f">={low}"
         yield Reason(subject, "parallel.ep", f"runs with ep_size {window}, this is {size}", window, str(size))
+    experts = request.config.num_experts
+    if support.even_experts and experts % size:
+        needed = f"a multiple of {size}"
+        yield Reason(subject, "parallel.ep", f"{experts} experts cannot be divided evenly over {size} ranks", needed)
     placement = request.parallel.placement
     kind = placement if isinstance(placement, str) else "map"
     if size > 1 and kind not in support.placements:

@@ -120,7 +120,7 @@ def copy_in_place(old: Any, new: Any, runner: str) -> None:
     into, out_of = _tensors(old), _tensors(new)
     if not into or into.keys() != out_of.keys():
         raise BindError(
-            f"the weights of runner {runner!r} cannot be updated in place: its quant info is not a dataclass of tensors",
+            f"the weights of runner {runner!r} cannot be updated in place: its quant info is no dataclass of tensors",
             hint="bind a new plan, or ask the plugin for an `update` target",
         )
     for name, tensor in into.items():

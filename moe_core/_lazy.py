@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from typing import Any
 
@@ -30,11 +30,16 @@ def module_exists(target: str) -> bool:
         spec = find_spec(top)
     except (ImportError, ValueError):
         return False
-    name = top
     for part in rest:
-        if spec is None or spec.submodule_search_locations is None:
-            return False
-        name = f"{name}.{part}"
-        # find_spec(name) would execute the parent packages; PathFinder does not.
-        spec = PathFinder.find_spec(name, spec.submodule_search_locations)
+        spec = find_child(spec, part)
     return spec is not None
+
+
+def find_child(parent: ModuleSpec | None, name: str) -> ModuleSpec | None:
+    """The spec of a module inside a package, found without executing the package as find_spec("a.b") would.
+
+    The bare name is looked up on the package's path: with a dotted one PathFinder asks sys.modules for the parent.
+    """
+    if parent is None or parent.submodule_search_locations is None:
+        return None
+    return PathFinder.find_spec(name, list(parent.submodule_search_locations))

@@ -32,3 +32,8 @@ def entry_points(group: str) -> Iterable[Any]:
 def requirements(dist: Any) -> list[str]:
     """The Requires-Dist lines of a distribution."""
     return list(dist.requires or [])
+
+
+def distributions() -> Iterable[Any]:
+    """Every installed distribution, copies of one name included."""
+    return metadata.distributions()

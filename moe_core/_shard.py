@@ -52,7 +52,7 @@ def _slice(tensor: Tensor, axis: int, name: str, inner: int, parts: int, size: i
     length = tensor.shape[axis]
     if length % parts or (length // parts) % size or inner % (length // parts):
         raise WeightError(
-            f"{name} has {length} entries over {parts} x {inner}: tp_size {size} would cut through a scale or a packed item",
+            f"{name} has {length} entries over {parts} x {inner}: tp_size {size} would cut through a scale or an item",
             hint="use a tp_size for which intermediate_size / tp_size is a multiple of the scheme's block",
         )
     step = length // parts // size

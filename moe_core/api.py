@@ -1,4 +1,4 @@
-"""The functions behind `import moe_core`: ask (`explain`, `resolve`) and bind (`plan`). Torch-free until a plan is bound."""
+"""The functions behind `import moe_core`: ask (`explain`, `resolve`) and bind (`plan`). Only binding needs torch."""
 
 from __future__ import annotations
 

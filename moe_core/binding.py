@@ -108,7 +108,7 @@ class MoePlan:
         phase: Phase = Phase.PREFILL,
         state: RunningState | None = None,
     ) -> Tensor:
-        """Run the layer. `state` carries hooks, an output tensor or overlap arguments of this call (it wins over `phase`).
+        """Run the layer. `state` carries this call's hooks, output tensor and overlap arguments (it wins over `phase`).
 
         Raises ContractViolation for tensors of a wrong shape, dtype or device, before any kernel runs.
         """
@@ -241,6 +241,7 @@ def _make_binding(resolution: Resolution, registry: Registry, device: Any, group
     all_terms: Mapping[FormatId, Terms] = {c.format: c.terms for _, c in candidate.paths}
     first = candidate.paths[0][1] if candidate.paths else None
     binding = Binding(
+        request=request,
         config=request.config,
         parallel=request.parallel,
         hardware=request.hardware,
@@ -275,7 +276,7 @@ def _prepare(spec: Any, weights: CanonicalWeights, binding: Binding) -> Any:
     quant_info = _lazy.load(spec.prepare, wanted_by=spec.subject)(weights, binding)
     if quant_info.scheme != binding.config.scheme or quant_info.layout not in spec.layouts:
         raise LayoutMismatch(
-            f"runner {spec.name!r} takes scheme {binding.config.scheme!r} in layout {' or '.join(sorted(spec.layouts))}, "
+            f"runner {spec.name!r} takes {binding.config.scheme!r} in layout {' or '.join(sorted(spec.layouts))}, "
             f"but its prepare returned scheme {quant_info.scheme!r} in layout {quant_info.layout!r}",
             hint="this is a bug of the plugin: its spec and its prepare disagree",
         )

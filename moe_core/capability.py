@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
@@ -18,6 +18,7 @@ from packaging.version import InvalidVersion, Version
 
 from moe_core import _metadata
 from moe_core._frozen import FrozenDict
+from moe_core._lazy import find_child
 from moe_core.errors import SpecError
 from moe_core.vocabulary import TOPK_STANDARD, DeviceType, Phase, SchemeId
 
@@ -135,19 +136,12 @@ def _probe(req: Requires) -> tuple[str | None, str, str | None]:
             places,
         )
     if req.submodule:
-        locations = spec.submodule_search_locations
         name = req.module
         for part in req.submodule.split("."):
-            name = f"{name}.{part}"
-            # PathFinder does not execute the parent package; find_spec("a.b") would.
-            spec = PathFinder.find_spec(name, locations) if locations is not None else None
+            name, spec = f"{name}.{part}", find_child(spec, part)
             if spec is None:
-                return (
-                    "dep.impostor",
-                    f"{req.module!r} is installed but has no {name!r}: another package",
-                    None,
-                )
-            locations = spec.submodule_search_locations
+                message = f"{req.module!r} is installed but has no {name!r}: another package, or another version of it"
+                return "dep.impostor", message, None
     if req.min_version:
         version = _metadata.version(req.distribution or req.module)
         if version is None:
@@ -200,9 +194,11 @@ class Support:
 
     devices: device type -> architecture windows ("*", "sm_90", ">=sm_80", "sm_90..sm_103"); "*" -> any device.
     scheme_archs: narrower windows for single schemes (fp8 needs newer hardware than bf16).
-    features: open strings; those the core derives from a layer are `bias`, `router_weight_on_input`, `no_combine`
-    and `routed_scaling`; callers may require `compile`, `deterministic`, `lora`, `inplace` and plugins' own.
+    features: open strings; those the core derives from a layer are `bias`, `router_weight_on_input` and
+    `no_combine`; callers may require `compile`, `deterministic`, `lora`, `inplace` and plugins' own.
     graph_capture, host_sync: the phases in which it can be captured in a device graph / synchronizes the host.
+    even_experts: every EP rank must hold the same number of experts.
+    A dispatcher's `dtypes` and `schemes` limit it only where they are given.
     hooks: hook points it calls, for LoRA: "after_gate_up", "after_down".
     """
 
@@ -229,6 +225,7 @@ class Support:
     needs_max_tokens: bool = False
     ep_sizes: tuple[int, int | None] = (1, None)
     placements: frozenset[str] = frozenset({"linear", "round_robin", "map"})
+    even_experts: bool = False
     requires: tuple[Requires, ...] = field(default=())
 
     def __post_init__(self) -> None:

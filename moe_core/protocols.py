@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moe_core.config import MoeConfig, ParallelConfig
     from moe_core.hardware import HardwareInfo
     from moe_core.quant import QuantScheme
+    from moe_core.request import PlanRequest
     from moe_core.specs import Terms
     from moe_core.topk import AnyTopK
     from moe_core.weights import CanonicalWeights
@@ -70,13 +71,16 @@ class RunningState:
 class Binding:
     """All that a factory gets when a plan is bound.
 
+    request: what the plan was made for (phases, graph capture, ...); its most used parts stand beside it.
     format and terms: of the path being bound (for a runner's own factory and its `prepare`: of the first path; a fused
     path has none).
-    all_terms: the terms of every path of the plan. incoming: how the caller writes dropped slots. group: what the caller passed for communication (a
-    torch.distributed ProcessGroup for the core's dispatchers). runner: the runner core, for adapters and fused funcs.
-    options: the settings for this component by name. max_tokens: the most tokens one call brings, or None.
+    all_terms: the terms of every path of the plan. incoming: how the caller writes dropped slots. group: what the
+    caller passed for communication (a torch.distributed ProcessGroup for the core's dispatchers). runner: the runner
+    core, for adapters and fused funcs. options: the settings for this component by name. max_tokens: the most tokens
+    one call brings, or None. num_local_experts and local_intermediate_size are the rank's own, without padding.
     """
 
+    request: PlanRequest
     config: MoeConfig
     parallel: ParallelConfig
     hardware: HardwareInfo

@@ -1,9 +1,9 @@
 """The router's arithmetic: logits to a top-k choice, as `RoutingConfig` describes it.
 
 Formula sources, all in transformers 5.23: `MixtralTopKRouter`, `Qwen3MoeTopKRouter` (softmax),
-`GptOssTopKRouter` (topk_softmax), `DeepseekV2TopkRouter` (groups by max), `DeepseekV3TopkRouter` (sigmoid, bias,
-groups by top2_sum), `MiniMaxM2TopKRouter` (sigmoid, bias), `Llama4Router` (topk_sigmoid). Some of them compute
-in the dtype of the logits; this one always computes in float32.
+`GptOssTopKRouter` (topk_softmax), `DeepseekV2TopkRouter` (groups by max), `DeepseekV3TopkRouter` (sigmoid,
+bias, groups by top2_sum), `MiniMaxM2TopKRouter` (sigmoid, bias), `Llama4Router` (topk_sigmoid). Some of them
+compute in the dtype of the logits; this one always computes in float32.
 """
 
 from __future__ import annotations
@@ -50,10 +50,8 @@ def _best_groups(choice: Tensor, routing: RoutingConfig) -> Tensor:
     """choice: float32 [T, E]. The same with -inf for every expert outside the `topk_groups` best groups."""
     tokens, experts = choice.shape
     grouped = choice.view(tokens, routing.num_groups, experts // routing.num_groups)
-    if routing.group_score == "top2_sum":
-        scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
-    else:
-        scores = grouped.amax(dim=-1)
+    counted = 2 if routing.group_score == "top2_sum" else 1
+    scores = grouped.topk(counted, dim=-1).values.sum(dim=-1)
     best = scores.topk(routing.topk_groups, dim=-1).indices
     dropped = torch.ones_like(scores, dtype=torch.bool).scatter(1, best, False)
     return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).view(tokens, experts)
@@ -70,8 +68,8 @@ def route(
 
     router_logits: floating point [T, E]; correction_bias: [E], given exactly where the routing has one, and
     used for the choice only. `scaling_factor` multiplies the weights: leave it at 1.0 unless the router owns
-    `routed_scaling_factor`. Returns topk_ids int32 [T, K], best first, and topk_weights float32 [T, K]. Between
-    equal scores torch.topk decides.
+    `routed_scaling_factor`. Returns topk_ids int32 [T, K], best first, and topk_weights float32 [T, K].
+    Between equal scores torch.topk decides.
 
     With s the logits (`topk_softmax`, `topk_sigmoid`), else their softmax or sigmoid over all experts:
     ids = top-k of s + bias within the best groups, weights = s[ids], through softmax or sigmoid for the

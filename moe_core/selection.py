@@ -1,4 +1,4 @@
-"""Selection: candidates, hard filters, negotiation, ranking. A pure function of the request, the specs and measurements.
+"""Selection: candidates, hard filters, negotiation, ranking. A pure function of request, specs and measurements.
 
 Components are judged first and pairs only among those that can serve, so that a report says each thing once.
 """
@@ -286,6 +286,8 @@ def _join(
     """All candidates of one dispatcher and one runner: with fused funcs where there are any, and without."""
     by_kind: dict[str, dict[Phase, PathChoice]] = {"fused": {}, "split": {}}
     pair = f"{dispatcher.name}+{runner.name}"
+    scheme = registry.schemes[request.config.scheme]
+    admitted = frozenset({"bf16"} | ({scheme.activation} if scheme.activation else set()))
     for phase in request.phases:
         format_id = dispatcher.formats.get(phase)
         if format_id is None:
@@ -305,7 +307,7 @@ def _join(
             if spec is None:
                 continue
             path_id = f"{pair}/{kind}[{format_id}]"
-            outcome = _path(dispatcher, spec, kind, format_id, request, f"path:{path_id}")
+            outcome = _path(dispatcher, spec, kind, format_id, request, admitted, f"path:{path_id}")
             if isinstance(outcome, PathChoice):
                 by_kind[kind][phase], found = outcome, True
             elif Rejected(path_id, tuple(outcome)) not in rejected:
@@ -337,6 +339,7 @@ def _path(
     kind: str,
     format_id: FormatId,
     request: PlanRequest,
+    admitted: frozenset[str],
     subject: str,
 ) -> PathChoice | list[Reason]:
     reasons: list[Reason] = []
@@ -351,19 +354,23 @@ def _path(
         needed = request.layer_features | request.features | request.hooks
         for feature in sorted(needed & spec.gives_up):
             reasons.append(Reason(subject, "feature", f"the fused func gives up {feature!r}", feature))
-    terms = negotiate(
-        dispatcher.offers[format_id],
-        spec.wants,
-        subject=subject,
-        steps=request.steps,
-        caller_does=request.caller_does | _caller_reduces(request),
-        caller_can=request.caller_can,
-        # A rank that holds only some experts sees slots of others, whatever the caller promised.
-        allow_never=request.incoming is DroppedSlot.NEVER and request.parallel.ep_size == 1,
-    )
-    if isinstance(terms, Terms) and not reasons:
-        return PathChoice(format_id, kind, terms, spec)
-    return reasons + (terms if isinstance(terms, list) else [])
+    refused: list[Reason] = []
+    for wants in spec.wants if isinstance(spec.wants, tuple) else (spec.wants,):
+        terms = negotiate(
+            dispatcher.offers[format_id],
+            wants,
+            subject=subject,
+            steps=request.steps,
+            caller_does=request.caller_does | _caller_reduces(request),
+            caller_can=request.caller_can,
+            caller_drops_none=request.incoming is DroppedSlot.NEVER,
+            partial=request.parallel.ep_size > 1,
+            admitted=admitted,
+        )
+        if isinstance(terms, Terms):
+            return reasons or PathChoice(format_id, kind, terms, spec)
+        refused += [reason for reason in terms if reason not in refused]
+    return reasons + refused
 
 
 def _caller_reduces(request: PlanRequest) -> frozenset[Any]:
@@ -420,7 +427,8 @@ def _rank(
             )
         )
     order = {"whole": 0, "fused": 1, "mixed": 2, "split": 3}
-    judged.sort(key=lambda c: (-c.priority, order[c.kind], c.id))
+    # A slow runner stays last however good its dispatcher is.
+    judged.sort(key=lambda c: (registry.runners[c.runner].last_resort, -c.priority, order[c.kind], c.id))
     # An unmeasured candidate keeps its place; measured ones share out theirs by time. So a measurement never decides
     # against something that it says nothing about.
     places = [i for i, c in enumerate(judged) if c.measured_ms is not None]

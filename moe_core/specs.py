@@ -81,13 +81,18 @@ class Offers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wants:
-    """What an adapter or fused func takes. Tuples are in order of preference; `extras` must all be given."""
+    """What an adapter or fused func takes. Tuples are in order of preference.
+
+    extras: must all be offered; optional: taken where offered. payloads: of these, a layer admits "bf16" (unquantized)
+    and the one that its scheme quantizes activations to, so a runner of many schemes lists all that it can take.
+    """
 
     id_spaces: tuple[IdSpace, ...] = (IdSpace.LOCAL,)
     dropped: tuple[DroppedSlot, ...] = (DroppedSlot.NEGATIVE, DroppedSlot.NEVER)
     payloads: tuple[PayloadId, ...] = ("bf16",)
     ids_dtypes: tuple[str, ...] = ("int32",)
     extras: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
     can: frozenset[Step] = frozenset({Step.ROUTER_WEIGHT, Step.TOPK_SUM, Step.ROUTED_SCALING})
     always: frozenset[Step] = frozenset()
 
@@ -200,14 +205,15 @@ class RunnerSpec:
 class AdapterSpec:
     """The two adapters of one (format, runner): pre(binding) -> pre-permute, post(binding) -> post-permute.
 
-    An adapter belongs to the runner's plugin, or to anyone who can write it.
+    An adapter belongs to the runner's plugin, or to anyone who can write it. Several `wants` are alternatives; the
+    first for which terms can be agreed counts.
     """
 
     runner: BackendName
     format: FormatId
     pre: str
     post: str
-    wants: Wants
+    wants: Wants | tuple[Wants, ...]
 
     def __post_init__(self) -> None:
         _check("adapter for runner", self.runner, self.pre, self.post)
@@ -228,7 +234,7 @@ class FusedSpec:
     runner: BackendName
     format: FormatId
     target: str
-    wants: Wants
+    wants: Wants | tuple[Wants, ...]
     gives_up: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -286,12 +292,15 @@ def negotiate(
     steps: frozenset[Step] = frozenset(),
     caller_does: frozenset[Step] = frozenset(),
     caller_can: frozenset[Step] = frozenset(),
-    allow_never: bool = False,
+    caller_drops_none: bool = False,
+    partial: bool = False,
+    admitted: frozenset[PayloadId] | None = None,
 ) -> Terms | list[Reason]:
     """The terms of a dispatcher's offer and a runner's wants, or every reason why there are none.
 
-    `allow_never` admits `DroppedSlot.NEVER`: true only where the caller promises that no slot is dropped and the
-    dispatcher drops none itself. Each of `steps` gets one owner; who does it anyhow comes first, then the runner
+    `DroppedSlot.NEVER` is admitted only where the caller promises that no slot is dropped (`caller_drops_none`) and the
+    rank either holds all experts or gets global ids (`partial`: it holds some). `admitted`: payloads that the
+    layer's scheme can take (None: all). Each of `steps` gets one owner; who does it anyhow comes first, then the runner
     (its kernels do it for free), then the dispatcher, then the caller.
     """
     reasons: list[Reason] = []
@@ -316,9 +325,11 @@ def negotiate(
         return None
 
     space = first("contract.id_space", "ids that are", tuple(wants.id_spaces), frozenset(offers.id_spaces))
-    dropped_offered = offers.dropped if allow_never else offers.dropped - {DroppedSlot.NEVER}
+    none_dropped = caller_drops_none and (not partial or space == IdSpace.GLOBAL)
+    dropped_offered = offers.dropped if none_dropped else offers.dropped - {DroppedSlot.NEVER}
     dropped = first("contract.dropped", "dropped slots written as", tuple(wants.dropped), frozenset(dropped_offered))
-    payload = first("contract.payload", "payload", wants.payloads, offers.payloads)
+    offered = offers.payloads if admitted is None else offers.payloads & admitted
+    payload = first("contract.payload", "payload", wants.payloads, offered)
     ids_dtype = first("contract.ids_dtype", "ids of", wants.ids_dtypes, offers.ids_dtypes)
     missing = wants.extras - offers.extras
     if missing:
@@ -332,7 +343,7 @@ def negotiate(
         dropped=DroppedSlot(dropped),
         payload=payload,
         ids_dtype=ids_dtype,
-        extras=wants.extras,
+        extras=wants.extras | (wants.optional & offers.extras),
         steps=FrozenDict(owners),
     )
 
@@ -355,7 +366,7 @@ def _assign_steps(
             names = " and ".join(fixed)
             reasons.append(Reason(subject, "step.twice", f"{step.value} would be done by {names}", "one", names))
         elif step not in steps:
-            # A scaling that a kernel always applies is harmless when the factor is 1; a sum that nobody asked for is not.
+            # A scaling that a kernel always applies is harmless by a factor of 1; a sum that nobody asked for is not.
             if step is Step.TOPK_SUM and any(owner is not Owner.CALLER for owner in fixed):
                 reasons.append(
                     Reason(subject, "step.twice", "top-k slots would be summed, but no_combine was asked for")

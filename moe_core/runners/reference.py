@@ -1,7 +1,7 @@
 """The `reference` runner: the oracle. Any device, scheme, format and option; float32 (or float64) throughout.
 
-It loops over experts, dequantizes one at a time and emulates the quantization of activations that a scheme states, so it
-is slow and exact about semantics. No kernel of ours is judged by anything else.
+It loops over experts, dequantizes one at a time and emulates the quantization of activations that a scheme states, so
+it is slow and exact about semantics. No kernel of ours is judged by anything else.
 """
 
 from __future__ import annotations

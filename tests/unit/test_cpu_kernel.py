@@ -98,9 +98,7 @@ class Layer:
         return out.sum(1)
 
 
-def inputs(
-    tokens: int, top_k: int = 2, dtype: torch.dtype = torch.float32, seed: int = 1
-) -> tuple[Tensor, ...]:
+def inputs(tokens: int, top_k: int = 2, dtype: torch.dtype = torch.float32, seed: int = 1) -> tuple[Tensor, ...]:
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, H, generator=random).to(dtype)
     ids = torch.randint(0, E, (tokens, top_k), generator=random)
@@ -187,9 +185,7 @@ def test_one_expert_and_duplicates(tokens: int, top_k: int, ids_dtype: torch.dty
     layer = Layer(torch.float32)
     x, ids, scales = inputs(tokens, top_k)
     ids = torch.full_like(ids, 4).to(ids_dtype)
-    check(
-        experts_forward(x, ids, scales, layer.prepare(), SILU), layer.forward(x, ids, scales), torch.float32
-    )
+    check(experts_forward(x, ids, scales, layer.prepare(), SILU), layer.forward(x, ids, scales), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -287,9 +283,8 @@ def test_pickle_and_copy(dtype: torch.dtype, pack: bool) -> None:
     x, ids, scales = inputs(30, 2, dtype)
     first = experts_forward(x, ids, scales, prepared, SILU)
     data = pickle.dumps(prepared)
-    assert (
-        len(data) < 1.5 * E * (3 * I * H) * dtype.itemsize + 20_000
-    )  # each value once, whatever the views share
+    # Each value once, although views share a storage.
+    assert len(data) < E * (3 * I * H + 2 * I + H) * dtype.itemsize + 8_000
     for other in (pickle.loads(data), copy.deepcopy(prepared)):
         assert other.layout == prepared.layout
         assert other.handle != prepared.handle

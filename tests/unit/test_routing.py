@@ -58,9 +58,7 @@ def assert_same(got: Any, ids: torch.Tensor, weights: torch.Tensor) -> None:
     assert got.topk_weights.dtype == torch.float32
     assert got.topk_ids.shape == got.topk_weights.shape == ids.shape
     assert torch.equal(got.topk_ids.long().sort(dim=-1).values, ids.long().sort(dim=-1).values)
-    torch.testing.assert_close(
-        by_expert(got.topk_ids, got.topk_weights), by_expert(ids, weights), rtol=1e-6, atol=1e-7
-    )
+    torch.testing.assert_close(by_expert(got.topk_ids, got.topk_weights), by_expert(ids, weights), rtol=1e-6, atol=1e-7)
 
 
 def dense_sizes(**changes: Any) -> dict[str, Any]:
@@ -132,7 +130,6 @@ def test_like_transformers(name: str) -> None:
         config.routed_scaling_factor,
     )
     assert_same(got, ids, weights)
-    assert torch.equal(got.topk_ids[:, 0].long(), got.topk_ids.long()[:, 0])
 
 
 def test_minimax_like_transformers() -> None:
@@ -146,9 +143,7 @@ def test_minimax_like_transformers() -> None:
 
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_llama4_like_transformers(top_k: int) -> None:
-    hf_config = transformers.Llama4TextConfig(
-        **dense_sizes(num_local_experts=EXPERTS, num_experts_per_tok=top_k)
-    )
+    hf_config = transformers.Llama4TextConfig(**dense_sizes(num_local_experts=EXPERTS, num_experts_per_tok=top_k))
     router, config = filled(Llama4Router(hf_config)), read_config(hf_config)
     with torch.no_grad():
         dense, logits = router(hidden_states())

@@ -26,7 +26,7 @@ from moe_core.weights import CanonicalWeights
 
 @dataclass(slots=True)
 class CpuInput:
-    """hidden: [T, H]. ids: [T, K] local, -1 for dropped. weights: float32 [T, K] or None where nobody multiplies here."""
+    """hidden: [T, H]. ids: [T, K] local, -1 for dropped. weights: float32 [T, K] or None for 1."""
 
     hidden: Tensor
     ids: Tensor

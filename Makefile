@@ -1,0 +1,53 @@
+# `make demo` runs the main job, `make test` passes the tests. Both set up .venv first.
+#   make demo MODEL=dir   runs a real Hugging Face MoE checkpoint instead of a small random one
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+MODEL  ?=
+PROMPT ?=
+ARGS   ?=
+PLUGINS := $(wildcard plugins/*/pyproject.toml)
+# Plugins are installed without their dependencies: the vendors' packages need their hardware.
+EDITABLE := $(foreach p,$(PLUGINS),-e $(patsubst %/pyproject.toml,%,$(p)))
+
+.PHONY: demo test check format wheels bench setup setup-dev clean
+
+# torch first and pinned: a plain `torch` would bring gigabytes of CUDA on a machine without a GPU. To use a torch of your
+# own (CUDA, ROCm), install it in $(VENV) before; it is kept.
+$(VENV)/.core: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q -e ".[transformers]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core requirements-dev.txt $(PLUGINS)
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation $(EDITABLE)
+	touch $@
+
+setup: $(VENV)/.core
+setup-dev: $(VENV)/.dev
+
+demo: $(VENV)/.core
+	$(BIN)/moe-core run $(if $(MODEL),--model "$(MODEL)") $(if $(PROMPT),--prompt "$(PROMPT)") $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/pytest -m "not wheels" $(ARGS)
+
+wheels: $(VENV)/.dev
+	$(BIN)/pytest -m wheels $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/cpu_experts.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) .demo dist build

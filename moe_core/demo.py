@@ -1,0 +1,250 @@
+"""The main job, end to end: a Hugging Face MoE checkpoint on disk generates text through moe_core.
+
+Needs the extra `moe-core[transformers]`. Without a checkpoint, a small random Qwen3-MoE one is written first:
+config.json, safetensors and a byte-level tokenizer.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moe_core.errors import ConfigError
+
+DEFAULT_PROMPT = "Mixture of experts:"
+#: Largest difference of two logits, as a part of the largest logit, that rounding in each dtype explains by itself.
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 2e-2}
+#: In a half-width dtype a rounding error can turn a router's near tie, and then whole logits move. How far they move
+#: for that reason alone is measured, not guessed: transformers' own grouped_mm is compared with its own eager experts.
+YARDSTICK = "grouped_mm"
+YARDSTICK_FACTOR = 2.0
+
+
+@dataclass(slots=True)
+class DemoResult:
+    """What `run` measured. Times are seconds of one prefill and of the whole generation (best of two)."""
+
+    model: str
+    dtype: str
+    layers: int
+    plan: str
+    fingerprint: str
+    tokens: list[int]
+    text: str
+    eager_tokens: list[int]
+    max_logit_difference: float
+    max_logit: float
+    yardstick_difference: float | None
+    prefill_s: float
+    eager_prefill_s: float
+    generate_s: float
+    eager_generate_s: float
+    ok: bool
+
+
+def write_random_checkpoint(folder: str | Path) -> Path:
+    """A small random Qwen3-MoE checkpoint: 4 layers, 32 experts, top-4, hidden 512; about 100 MiB in float32."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<eos>": 0, **{symbol: i for i, symbol in enumerate(alphabet, start=1)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(path)
+    config = Qwen3MoeConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=512,
+        intermediate_size=512,
+        moe_intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        num_experts=32,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                # The usual initialization is so small that every logit is near zero and any error would hide.
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    model.save_pretrained(path)
+    return path
+
+
+def run(
+    model_dir: str | None,
+    *,
+    prompt: str | None = None,
+    max_new_tokens: int = 16,
+    dtype: str | None = None,
+    json: bool = False,
+) -> int:
+    """Generate with moe_core and with transformers' own eager experts, and compare. Returns an exit code.
+
+    0: the logits agree; 1: they differ by more than rounding explains.
+    """
+    result, report = measure(model_dir, prompt or DEFAULT_PROMPT, max_new_tokens, dtype)
+    if json:
+        print(json_module.dumps(asdict(result) | {"report": report}, indent=1))
+    else:
+        _show(result, report)
+    return 0 if result.ok else 1
+
+
+def measure(model_dir: str | None, prompt: str, max_new_tokens: int, dtype: str | None) -> tuple[DemoResult, str]:
+    """The numbers of `run`, and the selection report of the first layer."""
+    try:
+        import torch
+        import transformers
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise ConfigError(f"this needs transformers: {error}", hint="pip install 'moe-core[transformers]'") from error
+
+    from moe_core.integrations import transformers as bridge
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    folder = Path(model_dir) if model_dir else write_random_checkpoint(".demo/random-qwen3-moe")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{str(folder)!r} holds no config.json: it is not a Hugging Face checkpoint")
+    bridge.register()
+    wanted = getattr(torch, dtype) if dtype else "auto"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, experts_implementation=bridge.NAME).eval()
+    ids, decode = _tokenize(folder, prompt, model.config.get_text_config().vocab_size)
+
+    ours = _time(model, ids, max_new_tokens)
+    plans = bridge.plans(model)
+    if not plans:
+        raise ConfigError(f"{type(model).__name__} ran no layer through moe_core: it has no experts to run")
+    model.set_experts_implementation("eager")
+    eager = _time(model, ids, max_new_tokens)
+    yardstick = _yardstick(model, ids, eager.logits)
+
+    first = next(iter(plans.values()))
+    difference = float((ours.logits - eager.logits).abs().max())
+    largest = float(eager.logits.abs().max())
+    name = str(model.dtype).removeprefix("torch.")
+    allowed = max(TOLERANCES.get(name, 2e-2) * largest, YARDSTICK_FACTOR * (yardstick or 0.0))
+    result = DemoResult(
+        model=str(folder),
+        dtype=name,
+        layers=len(plans),
+        plan=first.resolution.require().id,
+        fingerprint=first.fingerprint,
+        tokens=ours.tokens,
+        text=decode(ours.tokens),
+        eager_tokens=eager.tokens,
+        max_logit_difference=difference,
+        max_logit=largest,
+        yardstick_difference=yardstick,
+        prefill_s=ours.prefill_s,
+        eager_prefill_s=eager.prefill_s,
+        generate_s=ours.generate_s,
+        eager_generate_s=eager.generate_s,
+        ok=difference <= allowed,
+    )
+    return result, first.explain()
+
+
+@dataclass(slots=True)
+class _Timed:
+    logits: Any
+    tokens: list[int]
+    prefill_s: float
+    generate_s: float
+
+
+def _time(model: Any, ids: Any, max_new_tokens: int) -> _Timed:
+    import torch
+
+    prefill, generate = [], []
+    with torch.inference_mode():
+        model(ids)  # converts the weights and warms caches up
+        for _ in range(2):
+            start = time.perf_counter()
+            logits = model(ids).logits.float()
+            prefill.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            output = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
+            )
+            generate.append(time.perf_counter() - start)
+    return _Timed(logits, output[0, ids.shape[1] :].tolist(), min(prefill), min(generate))
+
+
+def _yardstick(model: Any, ids: Any, eager_logits: Any) -> float | None:
+    """How far transformers' own implementations are from each other; None where the model has only one."""
+    import torch
+
+    try:
+        model.set_experts_implementation(YARDSTICK)
+        with torch.inference_mode():
+            return float((model(ids).logits.float() - eager_logits).abs().max())
+    except (ValueError, KeyError, NotImplementedError, RuntimeError):
+        return None
+
+
+def _tokenize(folder: Path, prompt: str, vocabulary: int) -> tuple[Any, Any]:
+    """(token ids [1, n], a function from token ids to text)."""
+    import torch
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError):
+        # A checkpoint without a tokenizer still runs: bytes serve as ids, and ids are shown instead of text.
+        ids = [byte % vocabulary for byte in prompt.encode()]
+        return torch.tensor([ids]), lambda tokens: " ".join(map(str, tokens))
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    return ids, lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _show(result: DemoResult, report: str) -> None:
+    console = Console(highlight=False)
+    console.rule("the plan of the first MoE layer")
+    console.print(report, markup=False, soft_wrap=True)
+    console.rule("generated")
+    console.print(f"tokens  {result.tokens}", markup=False)
+    console.print(f"text    {result.text!r}", markup=False)
+    same = "the same tokens" if result.tokens == result.eager_tokens else f"eager gave {result.eager_tokens}"
+    console.print(f"eager   {same}", markup=False)
+    table = Table("", "moe_core", "transformers eager", "speed-up", title="time (best of two)")
+    for label, ours, eager in (
+        ("prefill", result.prefill_s, result.eager_prefill_s),
+        ("generate", result.generate_s, result.eager_generate_s),
+    ):
+        table.add_row(label, f"{ours * 1e3:.1f} ms", f"{eager * 1e3:.1f} ms", f"{eager / ours:.2f}x")
+    console.print(table)
+    verdict = "agree" if result.ok else "DIFFER by more than rounding explains"
+    console.print(
+        f"{result.layers} MoE layers in {result.dtype}: largest logit difference {result.max_logit_difference:.3g} "
+        f"(largest logit {result.max_logit:.3g}): the two {verdict}",
+        markup=False,
+        soft_wrap=True,
+    )
+    if result.yardstick_difference is not None:
+        console.print(
+            f"for comparison, transformers' own {YARDSTICK} differs from its eager experts by "
+            f"{result.yardstick_difference:.3g}",
+            markup=False,
+            soft_wrap=True,
+        )

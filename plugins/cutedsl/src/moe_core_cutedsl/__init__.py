@@ -1,0 +1,1 @@
+"""CuTe DSL kernels for moe_core. Import nothing from here: moe_core loads what a plan needs."""

@@ -1,0 +1,95 @@
+"""DeepEP's limits that `Support` cannot express. Imports no torch and no deep_ep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moe_core.capability import Reason
+from moe_core.request import PlanRequest
+from moe_core.vocabulary import TOPK_STANDARD, Phase
+
+#: Rank counts that DeepEP ships tuned buffer sizes for; up to 8 within a node, above that over RDMA.
+_NORMAL_RANKS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)
+_LL_MAX_TOKENS = 1024
+_ELASTIC_LOCAL_EXPERTS = 256
+
+
+def normal(request: PlanRequest, subject: str) -> list[Reason]:
+    """Rules of `deepep_normal` and `deepep_normal_static`."""
+    return [*_common(request, subject), *_normal_ranks(request, subject)]
+
+
+def low_latency(request: PlanRequest, subject: str) -> list[Reason]:
+    """Rules of `deepep_ll`."""
+    return [*_common(request, subject), *_low_latency(request, subject)]
+
+
+def auto(request: PlanRequest, subject: str) -> list[Reason]:
+    """Rules of `deepep`."""
+    reasons = [*_common(request, subject), *_normal_ranks(request, subject)]
+    if Phase.DECODE not in request.phases:
+        return reasons
+    reasons += _low_latency(request, subject)
+    tokens = request.settings.options.get("deepep", {}).get("decode_max_tokens", request.max_tokens)
+    if tokens is not None and not (isinstance(tokens, int) and 1 <= tokens <= _LL_MAX_TOKENS):
+        reasons.append(
+            Reason(
+                subject,
+                "shape.max_tokens",
+                f"a decode call takes 1 to {_LL_MAX_TOKENS} tokens of a rank, this is {tokens}",
+                str(_LL_MAX_TOKENS),
+                str(tokens),
+                "set the option: options={'deepep': {'decode_max_tokens': 128}}",
+            )
+        )
+    return reasons
+
+
+def elastic(request: PlanRequest, subject: str) -> list[Reason]:
+    """Rules of `deepep_v2` and `deepep_v2_grouped`."""
+    reasons = list(_common(request, subject))
+    local = request.num_local_experts
+    if local > _ELASTIC_LOCAL_EXPERTS:
+        needed = str(_ELASTIC_LOCAL_EXPERTS)
+        reasons.append(
+            Reason(subject, "shape.num_experts", f"holds {needed} experts a rank at most", needed, str(local))
+        )
+    return reasons
+
+
+def _common(request: PlanRequest, subject: str) -> Iterator[Reason]:
+    config, ranks = request.config, request.parallel.ep_size
+    if config.dtype != "bfloat16":
+        yield Reason(subject, "dtype", f"combines bfloat16 only, this is {config.dtype}", "bfloat16", config.dtype)
+    if request.topk_format != TOPK_STANDARD:
+        found = request.topk_format
+        yield Reason(subject, "topk.format", "sends tokens by their expert ids", TOPK_STANDARD, found)
+    if config.num_experts % ranks:
+        yield Reason(
+            subject,
+            "parallel.ep",
+            f"needs the same number of experts on every rank: {config.num_experts} over {ranks}",
+            f"a divisor of {config.num_experts}",
+            str(ranks),
+        )
+
+
+def _normal_ranks(request: PlanRequest, subject: str) -> Iterator[Reason]:
+    ranks = request.parallel.ep_size
+    if ranks > 1 and ranks not in _NORMAL_RANKS:
+        needed = ", ".join(map(str, _NORMAL_RANKS))
+        yield Reason(subject, "parallel.ep", f"the normal kernels run on {needed} ranks", needed, str(ranks))
+
+
+def _low_latency(request: PlanRequest, subject: str) -> Iterator[Reason]:
+    ranks = request.parallel.ep_size
+    if ranks > 8 and ranks % 8:
+        yield Reason(subject, "parallel.ep", "runs on whole nodes of 8 ranks", "a multiple of 8", str(ranks))
+    if request.config.router_weight_on_input:
+        yield Reason(
+            subject,
+            "feature",
+            "the low-latency combine applies the router weights to the result",
+            "router_weight_on_input",
+            hint="use deepep_normal",
+        )

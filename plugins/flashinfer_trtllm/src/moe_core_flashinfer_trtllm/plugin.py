@@ -1,0 +1,134 @@
+"""What this plugin offers to moe_core, as data. Never imports torch or flashinfer.
+
+Both runners are fused-only: FlashInfer's entry points take tokens and routing and return the summed result. They find
+their experts by an offset into global ids, so only contiguous (linear) placement fits, and skip negative ids.
+"""
+
+from __future__ import annotations
+
+from moe_core.capability import Requires, Support
+from moe_core.hookspecs import hookimpl
+from moe_core.specs import FusedSpec, PluginInfo, RunnerSpec, Wants
+from moe_core.vocabulary import STANDARD, TOPK_BYPASSED, TOPK_STANDARD, DroppedSlot, IdSpace, Phase, Step
+
+_FLASHINFER = Requires(
+    module="flashinfer",
+    submodule="fused_moe",
+    distribution="flashinfer-python",
+    min_version="0.6",
+    hint="pip install 'flashinfer-python>=0.6'",
+)
+
+TRTLLM = RunnerSpec(
+    name="flashinfer_trtllm",
+    summary="FlashInfer's TensorRT-LLM kernels for Blackwell, with or without the router in the kernel",
+    factory="moe_core_flashinfer_trtllm.trtllm:TrtllmRunner",
+    prepare="moe_core_flashinfer_trtllm.trtllm_weights:prepare",
+    update="moe_core_flashinfer_trtllm.trtllm_weights:update",
+    layouts=frozenset(
+        {
+            "bf16_block_major",
+            "fp8_block_major_k",
+            "fp8_tensor_shuffled",
+            "mxfp8_shuffled",
+            "nvfp4_shuffled",
+            "mxfp4_shuffled",
+        }
+    ),
+    priority=200,
+    why_not="moe_core_flashinfer_trtllm.rules:trtllm",
+    support=Support(
+        devices={"cuda": ("sm_100..sm_103",)},
+        schemes=frozenset({"bf16", "fp8_block128", "fp8_tensor", "mxfp8", "nvfp4", "mxfp4_w4a16"}),
+        dtypes=frozenset({"bfloat16"}),
+        activations=frozenset({"silu", "relu2", "swiglu_oai"}),
+        gated=frozenset({True, False}),
+        activation_limit=True,
+        features=frozenset({"bias", "router_weight_on_input"}),
+        topk_formats=frozenset({TOPK_STANDARD, TOPK_BYPASSED}),
+        graph_capture=frozenset(Phase),
+        max_top_k=32,
+        max_experts=512,
+        placements=frozenset({"linear"}),
+        requires=(_FLASHINFER,),
+    ),
+)
+
+CUTLASS = RunnerSpec(
+    name="flashinfer_cutlass",
+    summary="FlashInfer's CUTLASS fused MoE for Hopper and Blackwell",
+    factory="moe_core_flashinfer_trtllm.cutlass:CutlassRunner",
+    prepare="moe_core_flashinfer_trtllm.cutlass_weights:prepare",
+    update="moe_core_flashinfer_trtllm.cutlass_weights:update",
+    layouts=frozenset({"up_gate_rows", "mxfp4_sm90_interleaved", "nvfp4_swizzled"}),
+    # Below Triton: on Hopper the published numbers go either way, and its module may take over an hour to compile.
+    priority=90,
+    why_not="moe_core_flashinfer_trtllm.rules:cutlass",
+    options={
+        "fused_finalize": "sum the top-k slots in GEMM2's epilogue with atomics: not deterministic, less exact (off)"
+    },
+    support=Support(
+        devices={"cuda": ("sm_90", "sm_100..sm_103", "sm_120..sm_121")},
+        schemes=frozenset({"bf16", "fp8_tensor", "fp8_block128", "mxfp4_w4a16", "nvfp4"}),
+        scheme_archs={
+            "fp8_block128": ("sm_90",),
+            "mxfp4_w4a16": ("sm_90",),
+            "nvfp4": ("sm_100..sm_103", "sm_120..sm_121"),
+        },
+        dtypes=frozenset({"bfloat16", "float16"}),
+        activations=frozenset({"silu", "relu2", "swiglu_oai"}),
+        gated=frozenset({True, False}),
+        activation_limit=True,
+        features=frozenset({"bias", "deterministic"}),
+        graph_capture=frozenset(Phase),
+        hidden_multiple=8,
+        intermediate_multiple=8,
+        needs_max_tokens=True,
+        placements=frozenset({"linear"}),
+        requires=(_FLASHINFER,),
+    ),
+)
+
+_WANTS = Wants(
+    id_spaces=(IdSpace.GLOBAL,),
+    dropped=(DroppedSlot.NEGATIVE, DroppedSlot.NEVER),
+    can=frozenset({Step.ROUTED_SCALING}),
+    always=frozenset({Step.ROUTER_WEIGHT, Step.TOPK_SUM}),
+)
+
+FUSED = (
+    FusedSpec(
+        runner="flashinfer_trtllm",
+        format=STANDARD,
+        target="moe_core_flashinfer_trtllm.trtllm:fused_standard",
+        wants=_WANTS,
+    ),
+    FusedSpec(
+        runner="flashinfer_cutlass",
+        format=STANDARD,
+        target="moe_core_flashinfer_trtllm.cutlass:fused_standard",
+        wants=_WANTS,
+    ),
+)
+
+
+class FlashInferTrtllmPlugin:
+    """The hooks of the entry point `flashinfer_trtllm`."""
+
+    @hookimpl
+    def moe_core_plugin_info(self) -> PluginInfo:
+        """Who this is."""
+        return PluginInfo(name="flashinfer_trtllm", summary="FlashInfer's TensorRT-LLM and CUTLASS fused MoE kernels")
+
+    @hookimpl
+    def moe_core_runners(self) -> tuple[RunnerSpec, ...]:
+        """The two runners."""
+        return (TRTLLM, CUTLASS)
+
+    @hookimpl
+    def moe_core_fused_funcs(self) -> tuple[FusedSpec, ...]:
+        """The only way into them."""
+        return FUSED
+
+
+plugin = FlashInferTrtllmPlugin()

@@ -1,0 +1,124 @@
+"""What this plugin offers to moe_core, as data. Never imports torch or triton."""
+
+from __future__ import annotations
+
+from moe_core.capability import Requires, Support
+from moe_core.hookspecs import hookimpl
+from moe_core.specs import AdapterSpec, FusedSpec, PluginInfo, RunnerSpec, Wants
+from moe_core.vocabulary import BATCHED, GROUPED, STANDARD, DroppedSlot, IdSpace, Phase, Step
+
+_FP8_ARCHS = (">=sm_89", "gfx942", "gfx950")
+
+_TRITON = Requires(
+    module="triton",
+    submodule="language",
+    distribution="triton",
+    min_version="3.4",
+    hint="GPU builds of torch bring their own Triton; elsewhere: pip install 'moe-core-triton[interpreter]'",
+)
+
+RUNNER = RunnerSpec(
+    name="triton",
+    summary="fused Triton kernels for every format of the core, on NVIDIA and AMD GPUs",
+    factory="moe_core_triton.runner:TritonRunner",
+    prepare="moe_core_triton.weights:prepare",
+    update="moe_core_triton.weights:update",
+    layouts=frozenset({"rows"}),
+    support=Support(
+        devices={"cuda": (">=sm_80",), "rocm": ("gfx90a", "gfx942", "gfx950")},
+        schemes=frozenset(
+            {
+                "bf16",
+                "fp8_tensor",
+                "fp8_channel",
+                "fp8_block128",
+                "int8_channel",
+                "int8_w8a16",
+                "int4_w4a16",
+                "mxfp4_w4a16",
+            }
+        ),
+        scheme_archs={name: _FP8_ARCHS for name in ("fp8_tensor", "fp8_channel", "fp8_block128")},
+        dtypes=frozenset({"bfloat16", "float16", "float32"}),
+        activations=frozenset({"silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai", "identity"}),
+        gated=frozenset({True, False}),
+        activation_limit=True,
+        features=frozenset(
+            {"bias", "router_weight_on_input", "no_combine", "inplace", "lora", "deterministic", "compile"}
+        ),
+        hooks=frozenset({"after_gate_up", "after_down"}),
+        graph_capture=frozenset(Phase),
+        group_sizes=frozenset({32, 64, 128}),
+        requires=(_TRITON,),
+    ),
+)
+
+_STANDARD = Wants(id_spaces=(IdSpace.LOCAL,), ids_dtypes=("int32", "int64"))
+
+# The ids of these two formats are the sender's and pass through untouched, so any kind of them will do.
+_EXPERT_MAJOR = Wants(
+    id_spaces=(IdSpace.LOCAL, IdSpace.GLOBAL),
+    dropped=(DroppedSlot.NEGATIVE, DroppedSlot.SINK, DroppedSlot.NEVER),
+    ids_dtypes=("int32", "int64"),
+    # One row a slot: the sum over slots needs the tokens' order, which only the dispatcher knows.
+    can=frozenset({Step.ROUTER_WEIGHT, Step.ROUTED_SCALING}),
+)
+
+ADAPTERS = (
+    AdapterSpec(
+        runner="triton",
+        format=STANDARD,
+        pre="moe_core_triton.adapters:pre_standard",
+        post="moe_core_triton.adapters:post_standard",
+        wants=_STANDARD,
+    ),
+    AdapterSpec(
+        runner="triton",
+        format=BATCHED,
+        pre="moe_core_triton.adapters:pre_batched",
+        post="moe_core_triton.adapters:post_batched",
+        wants=_EXPERT_MAJOR,
+    ),
+    AdapterSpec(
+        runner="triton",
+        format=GROUPED,
+        pre="moe_core_triton.adapters:pre_grouped",
+        post="moe_core_triton.adapters:post_grouped",
+        wants=_EXPERT_MAJOR,
+    ),
+)
+
+FUSED = FusedSpec(
+    runner="triton",
+    format=STANDARD,
+    target="moe_core_triton.adapters:fused_standard",
+    wants=_STANDARD,
+    gives_up=frozenset({"lora", "after_gate_up", "after_down"}),
+)
+
+
+class TritonPlugin:
+    """The hooks of the entry point `triton`."""
+
+    @hookimpl
+    def moe_core_plugin_info(self) -> PluginInfo:
+        """Who this is."""
+        return PluginInfo(name="triton", summary="Triton kernels for NVIDIA and AMD GPUs")
+
+    @hookimpl
+    def moe_core_runners(self) -> tuple[RunnerSpec, ...]:
+        """The runner."""
+        return (RUNNER,)
+
+    @hookimpl
+    def moe_core_adapters(self) -> tuple[AdapterSpec, ...]:
+        """Its adapters for every format of the core."""
+        return ADAPTERS
+
+    @hookimpl
+    def moe_core_fused_funcs(self) -> tuple[FusedSpec, ...]:
+        """Its fused func."""
+        return (FUSED,)
+
+
+plugin = TritonPlugin()
