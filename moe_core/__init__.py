@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from moe_core._version import __version__
-from moe_core.api import detect_hardware, explain, make_request, plan, resolve
+from moe_core.api import detect_hardware, explain, make_request, plan, resolve, weight_requirements
 from moe_core.capability import Reason, Requires, Support
 from moe_core.config import Activation, MoeConfig, ParallelConfig, RoutingConfig
 from moe_core.errors import (
@@ -97,6 +97,7 @@ __all__ = [
     "preset",
     "resolve",
     "route",
+    "weight_requirements",
 ]
 
 # What needs torch is loaded when it is first touched.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moe_core._pad import coverage
 from moe_core.config import MoeConfig, ParallelConfig
 from moe_core.errors import WeightError
 from moe_core.quant import QuantScheme, builtin_scheme
@@ -32,27 +33,27 @@ def shard(
     for name, tensor in weights.tensors().items():
         local = tensor.index_select(0, experts)
         if size > 1:
+            rows, columns = coverage(described, config, name.partition("_")[2])
             if name in ("w13", "w13_scale", "w13_zero", "w13_bias"):
-                local = _slice(local, 1, name, inner, parts, size, rank)
+                local = _slice(local, 1, name, inner, parts, rows, size, rank)
             elif name in ("w2", "w2_scale", "w2_zero"):
-                local = _slice(local, 2, name, inner, 1, size, rank) if local.dim() == 3 else local
+                local = _slice(local, 2, name, inner, 1, columns, size, rank)
             elif name == "w2_bias" and rank > 0:
                 continue  # partial results are summed over TP: the bias must enter once
         result[name] = local.contiguous()
-    _check_items(described, inner // size)
     return CanonicalWeights(**result)
 
 
-def _slice(tensor: Tensor, axis: int, name: str, inner: int, parts: int, size: int, rank: int) -> Tensor:
-    """The rank's slice of each of `parts` stacked blocks along `axis`, which covers parts * inner rows or columns."""
+def _slice(tensor: Tensor, axis: int, name: str, inner: int, parts: int, covered: int, size: int, rank: int) -> Tensor:
+    """The rank's slice of each of `parts` stacked blocks of `inner` rows or columns; an entry stands for `covered`."""
     import torch
 
-    if tensor.dim() <= axis or tensor.shape[axis] in (1, parts):
-        return tensor  # one scale for the whole extent (or for each of gate and up)
+    if not covered or tensor.dim() <= axis:
+        return tensor  # one scale for the whole extent, or for each block of it
     length = tensor.shape[axis]
-    if length % parts or (length // parts) % size or inner % (length // parts):
+    if inner % (size * covered):
         raise WeightError(
-            f"{name} has {length} entries over {parts} x {inner}: tp_size {size} would cut through a scale or an item",
+            f"{name} has one entry for {covered} of {inner}: tp_size {size} would cut through a scale or a packed item",
             hint="use a tp_size for which intermediate_size / tp_size is a multiple of the scheme's block",
         )
     step = length // parts // size
@@ -61,11 +62,3 @@ def _slice(tensor: Tensor, axis: int, name: str, inner: int, parts: int, size: i
 
 def _at(axis: int, start: int, length: int) -> tuple[slice, ...]:
     return (*(slice(None),) * axis, slice(start, start + length))
-
-
-def _check_items(scheme: QuantScheme, inner: int) -> None:
-    if inner % scheme.values_per_item:
-        raise WeightError(
-            f"intermediate size {inner} a rank is not a multiple of the {scheme.values_per_item} values of one "
-            f"stored item of scheme {scheme.id!r}"
-        )

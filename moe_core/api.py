@@ -19,7 +19,7 @@ from moe_core.vocabulary import TOPK_STANDARD, DroppedSlot, Phase, Step
 
 if TYPE_CHECKING:
     from moe_core.binding import MoePlan
-    from moe_core.weights import CanonicalWeights
+    from moe_core.weights import CanonicalWeights, WeightRequirements
 
 
 def detect_hardware(registry: Registry | None = None) -> HardwareInfo:
@@ -111,6 +111,22 @@ def explain(
     from moe_core.explanation import text
 
     return text(resolve(config, parallel, hardware, **request))
+
+
+def weight_requirements(
+    config: MoeConfig,
+    parallel: ParallelConfig | None = None,
+    hardware: HardwareInfo | str | None = None,
+    *,
+    registry: Registry | None = None,
+    **request: Any,
+) -> WeightRequirements:
+    """The sizes to allocate on this rank for the runner that would be chosen, so that `plan` need not copy to pad."""
+    from moe_core.binding import required_sizes
+
+    made = make_request(config, parallel, hardware, registry=registry, **request)
+    registry = registry or default_registry(made.settings)
+    return required_sizes(resolve_request(made, registry), registry)
 
 
 def plan(

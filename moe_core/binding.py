@@ -18,7 +18,7 @@ from moe_core.protocols import Binding, RunningState
 from moe_core.selection import Resolution
 from moe_core.specs import FusedSpec, Terms
 from moe_core.vocabulary import TOPK_STANDARD, FormatId, Owner, Phase, Step
-from moe_core.weights import torch_dtype
+from moe_core.weights import WeightRequirements, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +49,7 @@ class MoePlan:
         "_hidden_size",
         "_id_dtypes",
         "_paths",
+        "_registry",
         "_runner_spec",
         "_topk_format",
         "_topk_shape",
@@ -69,7 +70,7 @@ class MoePlan:
         self.resolution, self.quant_info, self._group, self._binding = resolution, quant_info, group, binding
         self.fingerprint = resolution.fingerprint
         self.terms = binding.all_terms
-        self._runner_spec = registry.runners[candidate.runner]
+        self._registry, self._runner_spec = registry, registry.runners[candidate.runner]
         self._hidden_size, self._dtype, self._device = (
             binding.config.hidden_size,
             binding.dtype,
@@ -152,8 +153,7 @@ class MoePlan:
 
     def update_weights(self, weights: CanonicalWeights) -> None:
         """New values for the same layer, in place: addresses stay, captured graphs see the new weights."""
-        config, parallel = self._binding.config, self._binding.parallel
-        weights.validate(config, parallel, self._binding.scheme)
+        weights = _fit(weights, self.resolution, self._registry)
         update = self._runner_spec.update
         if update is not None:
             _lazy.load(update, wanted_by=self._runner_spec.subject)(self.quant_info, weights, self._binding)
@@ -196,8 +196,7 @@ def bind(resolution: Resolution, weights: CanonicalWeights, registry: Registry, 
             f"this resolution takes {', '.join(sorted(request.assume))} for granted: it explains, it cannot be bound",
             hint="resolve again without assume=",
         )
-    scheme = registry.schemes[request.config.scheme]
-    weights.validate(request.config, request.parallel, scheme)
+    weights = _fit(weights, resolution, registry)
     if weights.device.type != request.hardware.torch_device_type:
         raise BindError(
             f"the plan was made for {request.hardware}, but the weights are on {weights.device}",
@@ -210,6 +209,36 @@ def bind(resolution: Resolution, weights: CanonicalWeights, registry: Registry, 
     registry.call("moe_core_plan_bound", resolution=resolution, plan=plan)
     _log_once(resolution.fingerprint, explanation.one_line(resolution), _is_loud(resolution, registry))
     return plan
+
+
+def required_sizes(resolution: Resolution, registry: Registry) -> WeightRequirements:
+    """The sizes that the chosen runner wants allocated on this rank; the layer's own where it asks for nothing."""
+    request = resolution.request
+    spec = registry.runners[resolution.require().runner]
+    own = WeightRequirements(hidden_size=request.config.hidden_size, intermediate_size=request.local_intermediate_size)
+    if spec.requirements is None:
+        return own
+    required: WeightRequirements = _lazy.load(spec.requirements, wanted_by=spec.subject)(request)
+    return required
+
+
+def _fit(weights: CanonicalWeights, resolution: Resolution, registry: Registry) -> CanonicalWeights:
+    """`weights` in the sizes that the runner asked for: as they are if they were allocated so, else padded."""
+    from moe_core._pad import pad
+
+    request = resolution.request
+    config, parallel, scheme = request.config, request.parallel, registry.schemes[request.config.scheme]
+    required = required_sizes(resolution, registry)
+    own = WeightRequirements(hidden_size=config.hidden_size, intermediate_size=request.local_intermediate_size)
+    if required == own:
+        weights.validate(config, parallel, scheme)
+        return weights
+    expected = scheme.storage_shape(required.hidden_size, required.intermediate_size)
+    if tuple(weights.w2.shape[1:]) == tuple(expected):
+        weights.validate(config, parallel, scheme, required)
+        return weights
+    weights.validate(config, parallel, scheme)
+    return pad(weights, config, request.local_intermediate_size, scheme, required)
 
 
 def _is_loud(resolution: Resolution, registry: Registry) -> bool:

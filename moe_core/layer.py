@@ -23,8 +23,8 @@ class MoeLayer(nn.Module):
     """`y = layer(hidden_states)` for hidden states [..., H]: routes, runs the experts, adds shared experts.
 
     router_weight: [E, H], any float dtype; logits are computed in its dtype, scores in float32. correction_bias:
-    float32 [E] where the routing has one. shared_experts: a module [T, H] -> [T, H] whose result is added. The experts' weights
-    belong to `plan`, in the layout of the runner that was chosen; change them with `update_weights`.
+    float32 [E] where the routing has one. shared_experts: a module [T, H] -> [T, H] whose result is added. The
+    experts' weights belong to `plan`, in the layout of the runner that was chosen; change them with `update_weights`.
     Keywords of `moe_core.plan` (hardware, settings, group, max_tokens, ...) are passed on.
     """
 

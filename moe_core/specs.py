@@ -163,7 +163,7 @@ class RunnerSpec:
 
     factory(binding) -> RunnerCore. prepare(weights, binding) -> QuantInfo in one of `layouts`.
     update(quant_info, weights, binding) refreshes it in place; without one, the core prepares anew and copies.
-    requirements(config, parallel) -> WeightRequirements: sizes to pad to, before weights are allocated; import-free.
+    requirements(request) -> WeightRequirements: sizes to pad to, known before weights are allocated; import-free.
     options: name -> what it does; the values come from `Settings.options[name]`. last_resort: correct, but slow.
     """
 
@@ -198,7 +198,7 @@ class RunnerSpec:
     @property
     def targets(self) -> tuple[str, ...]:
         """All targets that binding will import."""
-        return tuple(t for t in (self.factory, self.prepare, self.update) if t is not None)
+        return tuple(t for t in (self.factory, self.prepare, self.update, self.requirements) if t is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightRequirements:
-    """Sizes that a runner wants allocated, at least as large as the layer's own (local to the rank)."""
+    """Sizes that a runner wants allocated on a rank, at least as large as the layer's own.
 
+    A runner that pads the hidden size pads the tokens itself, in its pre-permute.
+    """
+
+    hidden_size: int
     intermediate_size: int
 
 
@@ -59,12 +63,23 @@ class CanonicalWeights:
         """A copy on `device`."""
         return CanonicalWeights(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
-    def validate(self, config: MoeConfig, parallel: ParallelConfig, scheme: QuantScheme) -> None:
-        """Raise WeightError, naming every problem, unless these are the weights of this rank of this layer."""
+    def validate(
+        self,
+        config: MoeConfig,
+        parallel: ParallelConfig,
+        scheme: QuantScheme,
+        sizes: WeightRequirements | None = None,
+    ) -> None:
+        """Raise WeightError, naming every problem, unless these are the weights of this rank of this layer.
+
+        sizes: what a runner asked to pad to, where they were allocated so.
+        """
         import torch
 
         experts = len(parallel.local_experts(config.num_experts))
-        inner = config.intermediate_size // parallel.tp_size
+        inner, hidden = config.intermediate_size // parallel.tp_size, config.hidden_size
+        if sizes is not None:
+            inner, hidden = sizes.intermediate_size, sizes.hidden_size
         rows = config.gate_up_factor * inner
         storage = config.dtype if scheme.scale is None else scheme.storage_dtype
         problems: list[str] = []
@@ -79,7 +94,7 @@ class CanonicalWeights:
             if dtypes and str(tensor.dtype).removeprefix("torch.") not in dtypes:
                 problems.append(f"{name} is {tensor.dtype}, expected {' or '.join(dtypes)}")
 
-        matrices = {"w13": (rows, config.hidden_size), "w2": (config.hidden_size, inner)}
+        matrices = {"w13": (rows, hidden), "w2": (hidden, inner)}
         for name, (n, k) in matrices.items():
             check(name, (experts, *scheme.storage_shape(n, k)), (storage,))
             if scheme.scale is not None:
@@ -88,7 +103,7 @@ class CanonicalWeights:
             floats = ("bfloat16", "float16", "float32", "float64")
             check("w13_bias", (experts, rows), floats, " (MoeConfig.bias is set)")
             if parallel.tp_rank == 0 or self.w2_bias is not None:
-                check("w2_bias", (experts, config.hidden_size), floats, " (MoeConfig.bias is set)")
+                check("w2_bias", (experts, hidden), floats, " (MoeConfig.bias is set)")
         elif self.w13_bias is not None or self.w2_bias is not None:
             problems.append("biases were given, but MoeConfig.bias is False")
         for name, tensor in self.tensors().items():

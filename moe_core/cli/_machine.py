@@ -8,6 +8,7 @@ import platform
 import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from packaging.requirements import Requirement
@@ -18,6 +19,7 @@ from moe_core._version import __version__
 from moe_core.errors import did_you_mean
 from moe_core.registry import Registry
 from moe_core.request import plain
+from moe_core.selection import Component
 from moe_core.settings import CONFIG_FILE_VARIABLE, ENVIRONMENT, Settings
 
 _OTHER_VARIABLES: Final = frozenset({CONFIG_FILE_VARIABLE})
@@ -69,7 +71,7 @@ def metadata_problems() -> list[str]:
     """Installed metadata that contradicts itself: two copies of a distribution, or another version than the code."""
     found: dict[str, dict[str, str]] = {}
     for dist in _metadata.distributions():
-        name = canonicalize_name(dist.metadata["Name"] or "")
+        name = str(canonicalize_name(dist.metadata["Name"] or ""))
         if name == "moe-core" or name.startswith("moe-core-"):
             found.setdefault(name, {})[str(dist.locate_file(""))] = dist.version
     problems = []
@@ -78,6 +80,8 @@ def metadata_problems() -> list[str]:
             copies = ", ".join(f"{version} in {place}" for place, version in sorted(places.items()))
             problems.append(f"{name} is installed {len(places)} times: {copies}; uninstall the one that you do not use")
     core = set(found.get("moe-core", {}).values())
+    if not core:
+        problems.append(f"moe-core is not installed: it runs from {Path(__file__).parents[2]}, without metadata")
     if core and __version__ not in core:
         problems.append(
             f"the metadata says moe-core {', '.join(sorted(core))}, the code is {__version__}: stale; install it again"
@@ -109,7 +113,9 @@ def _requirements_of_core() -> list[str]:
 def vendor_dependencies(registry: Registry) -> list[dict[str, Any]]:
     """What each component's `Requires` ask for, and whether it is there. Nothing is imported."""
     rows = []
-    for spec in (*registry.dispatchers.values(), *registry.runners.values(), *registry.fused_paths.values()):
+    specs: list[Component] = [*registry.dispatchers.values(), *registry.runners.values()]
+    specs += registry.fused_paths.values()
+    for spec in specs:
         for requires in spec.support.requires:
             reasons = requires.why_not(spec.subject)
             version = _metadata.version(requires.distribution or re.sub(r"[._]", "-", requires.module))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from moe_core.config import MoeConfig
 from moe_core.hardware import HardwareInfo
+from moe_core.quant import BUILTIN_SCHEMES
 from moe_core.registry import Registry
 from moe_core.selection import Candidate, Resolution
 from moe_core.settings import ENVIRONMENT
@@ -77,7 +78,7 @@ def ask(config: MoeConfig, hardware: HardwareInfo, registry: Registry, runner: s
 
 
 def layers(hardware: HardwareInfo, registry: Registry) -> Iterator[tuple[MoeConfig, list[Candidate]]]:
-    """Layers and the candidates to try on each: bfloat16 and float32, then a scheme of each runner left out by those."""
+    """Layers and candidates to try: bfloat16, float32, then one scheme of each runner that those two left out."""
     seen: set[str] = set()
     for dtype in ("bfloat16", "float32"):
         config = LAYER.replace(dtype=dtype)
@@ -87,7 +88,7 @@ def layers(hardware: HardwareInfo, registry: Registry) -> Iterator[tuple[MoeConf
     for name, spec in sorted(registry.runners.items()):
         if name in seen:
             continue
-        for scheme in sorted(spec.support.schemes & set(registry.schemes)):
+        for scheme in sorted(spec.support.schemes & {scheme.id for scheme in BUILTIN_SCHEMES}):
             config = LAYER.replace(scheme=scheme)
             found = list(ask(config, hardware, registry, runner=name).candidates)
             if found:

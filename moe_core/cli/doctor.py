@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -61,6 +60,8 @@ def doctor() -> Report:
         *_check_table(checks),
         heading(f"a small layer on {hardware.product}, against the reference runner"),
         outline(("result", "combination", "layer", "error", "limit", "s"), [_forward_row(r) for r in results]),
+        heading("to get one of them everywhere in this environment, set"),
+        facts({r.candidate: r.force for r in results}.items()),
     ]
     show += [heading("warnings"), *(hanging(f"- {w}") for w in warnings)] if warnings else []
     show += [heading("problems"), *(hanging(f"- {p}") for p in problems)] if problems else [heading("all is well")]
@@ -82,10 +83,12 @@ def doctor() -> Report:
 def _plugin_checks(registry: Registry) -> list[dict[str, Any]]:
     rows = []
     for record in registry.records:
-        if record.plugin is None or not hasattr(record.plugin, "moe_core_doctor"):
+        if record.plugin is None:
             continue
         try:
-            found: Iterable[DoctorCheck] = list(record.plugin.moe_core_doctor())
+            # Plugin by plugin: one that raises must not hide the checks of the others.
+            answers = registry._plugins.call(record, "moe_core_doctor")
+            found: list[DoctorCheck] = [check for answer in answers for check in answer]
         except Exception as error:  # a plugin may raise anything
             rows.append(_check_row(record.name, "moe_core_doctor", DoctorResult(False, _say(error))))
             continue
@@ -127,7 +130,7 @@ def _forward_row(result: Forward) -> tuple[tuple[object, ...], list[str]]:
     error = "-" if result.error is None else f"{result.error:.1e}"
     mark = "PASS" if result.ok else "FAIL"
     cells = (mark, result.candidate, result.layer, error, f"{result.tolerance:.0e}", f"{result.seconds:.2f}")
-    return cells, [*([f"- {result.detail}"] if result.detail else []), f"-> {result.force}"]
+    return cells, [f"- {result.detail}"] if result.detail else []
 
 
 def _value(value: Any) -> str:

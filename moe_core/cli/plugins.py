@@ -14,6 +14,7 @@ from moe_core.cli._report import Report, heading, outline, quiet_discovery, repo
 from moe_core.errors import ConfigError, did_you_mean
 from moe_core.plugins import PluginRecord, PluginState
 from moe_core.registry import Registry, default_registry
+from moe_core.selection import Component
 from moe_core.settings import Settings
 from moe_core.vocabulary import PLUGIN_API, Maturity
 
@@ -34,7 +35,7 @@ def faulty(registry: Registry) -> list[PluginRecord]:
 
 def state_rows(registry: Registry) -> list[tuple[tuple[object, ...], list[str]]]:
     """Rows of the table of plugins, with what to say below each."""
-    rows = []
+    rows: list[tuple[tuple[object, ...], list[str]]] = []
     for record in registry.records:
         api = ".".join(map(str, record.info.api)) if record.info else "-"
         cells = (record.state.value, record.name, record.where, api, f"{record.load_ms:.1f}")
@@ -84,30 +85,29 @@ def plugins(trace: str | None) -> Report:
 
 
 def _components(registry: Registry) -> list[dict[str, Any]]:
-    kinds = {
-        "dispatcher": registry.dispatchers,
-        "runner": registry.runners,
-        "fused path": registry.fused_paths,
-    }
     found = []
-    for kind, specs in kinds.items():
-        for name, spec in sorted(specs.items()):
-            row = {
-                "kind": kind,
-                "name": name,
-                "plugin": registry.owner(kind, name),
-                "summary": getattr(spec, "summary", ""),
-                "priority": spec.priority,
-                "devices": {device: list(archs) for device, archs in spec.support.devices.items()},
-                "maturity": {arch: Maturity(level).value for arch, level in spec.maturity.items()},
-            }
-            if kind == "runner":
-                row["schemes"] = sorted(spec.support.schemes)
-                row["formats"] = sorted({f for f, r in (*registry.adapters, *registry.fused) if r == name})
-            elif kind == "dispatcher":
-                row["formats"] = sorted(set(spec.formats.values()))
-            found.append(row)
+    for _, dispatcher in sorted(registry.dispatchers.items()):
+        row = _component("dispatcher", dispatcher, registry)
+        found.append(row | {"formats": sorted(set(dispatcher.formats.values()))})
+    for name, runner in sorted(registry.runners.items()):
+        formats = {f for f, r in (*registry.adapters, *registry.fused) if r == name}
+        row = _component("runner", runner, registry)
+        found.append(row | {"formats": sorted(formats), "schemes": sorted(runner.support.schemes)})
+    for _, whole in sorted(registry.fused_paths.items()):
+        found.append(_component("fused path", whole, registry) | {"runner": whole.runner})
     return found
+
+
+def _component(kind: str, spec: Component, registry: Registry) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "name": spec.name,
+        "plugin": registry.owner(kind, spec.name),
+        "summary": getattr(spec, "summary", ""),
+        "priority": spec.priority,
+        "devices": {device: list(archs) for device, archs in spec.support.devices.items()},
+        "maturity": {arch: Maturity(level).value for arch, level in spec.maturity.items()},
+    }
 
 
 def _maturity_text(maturity: dict[str, str]) -> str:
