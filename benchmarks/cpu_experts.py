@@ -32,6 +32,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.olmoe.modeling_olmoe import OlmoeConfig, OlmoeExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeExperts
 
+import moe_core
 from moe_core.config import Activation
 from moe_core.runners.cpu.kernel import experts_forward
 from moe_core.runners.cpu.weights import prepare
@@ -73,12 +74,20 @@ def baseline_calls(module: torch.nn.Module) -> dict[str, Call]:
 
 
 def our_call(module: torch.nn.Module, pack: bool) -> Call:
-    """What is measured of moe_core: the one place to change for another entry."""
-    prepared = prepare(module.gate_up_proj, module.down_proj, gated=True, pack=pack)
-    activation = Activation(name="silu")
+    """A plan of moe_core: what a server calls, framework time included."""
+    experts, inner_rows, hidden_size = module.gate_up_proj.shape
+    config = moe_core.MoeConfig(
+        num_experts=experts,
+        top_k=module.config.num_experts_per_tok,
+        hidden_size=hidden_size,
+        intermediate_size=inner_rows // 2,
+        dtype=str(module.gate_up_proj.dtype).removeprefix("torch."),
+    )
+    weights = moe_core.CanonicalWeights(w13=module.gate_up_proj.data, w2=module.down_proj.data)
+    plan = moe_core.plan(config, weights, runner="cpu", options={"cpu": {"pack_weights": pack}})
 
     def call(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return experts_forward(hidden, ids, weights, prepared, activation)
+        return plan(hidden, moe_core.TopKOutput(ids, weights))
 
     return call
 

@@ -24,7 +24,7 @@ def shard(
     from moe_core.weights import CanonicalWeights
 
     described = scheme or builtin_scheme(config.scheme)
-    experts = torch.tensor(parallel.local_experts(config.num_experts), device=weights.device)
+    experts = torch.tensor(parallel.local_experts(config.num_experts), dtype=torch.int64, device=weights.device)
     inner, size, rank = config.intermediate_size, parallel.tp_size, parallel.tp_rank
     if inner % size:
         raise WeightError(f"intermediate size {inner} cannot be divided by tp_size {size}")

@@ -55,11 +55,11 @@ def make_request(
 ) -> PlanRequest:
     """A PlanRequest with its defaults filled in. `choices` are settings: runner=, dispatcher=, path=, options=, ...
 
-    hardware: a HardwareInfo, a profile name ("h200"), or None for this machine.
+    hardware: a HardwareInfo, a profile name ("h200"), or None or "detect" for this machine.
     """
     if settings is not None and choices:
         raise ConfigError(f"give settings= or single settings ({', '.join(sorted(choices))}), not both")
-    if hardware is None:
+    if hardware is None or hardware == "detect":
         hardware = detect_hardware(registry)
     elif isinstance(hardware, str):
         hardware = _hardware.profile(hardware)

@@ -163,7 +163,9 @@ class MoePlan:
 
     def step_owner(self, step: Step) -> Owner | None:
         """Who performs a step of the layer; None where it has no such step. The same in every format of the plan."""
-        return next(iter(self.terms.values())).owner(step) if self.terms else Owner.RUNNER
+        if not self.terms:  # a fused path does everything
+            return Owner.RUNNER if step in self.resolution.request.steps else None
+        return next(iter(self.terms.values())).owner(step)
 
     def explain(self) -> str:
         """The selection report as text."""
@@ -335,6 +337,7 @@ def _rebuild(resolution: Resolution, quant_info: Any, device: Any) -> MoePlan:
     """Bind again in another process, with weights that are already prepared."""
     from moe_core.registry import default_registry
 
-    registry = default_registry()
+    registry = default_registry(resolution.request.settings)
+    registry.runner(resolution.require().runner)  # a plugin given in code, or one not installed here: say so
     binding = _make_binding(resolution, registry, device, None)
     return MoePlan(resolution, registry, binding, quant_info, None)

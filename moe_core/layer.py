@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from moe_core.api import plan as make_plan
 from moe_core.binding import MoePlan
 from moe_core.config import MoeConfig, ParallelConfig
-from moe_core.errors import ConfigError
+from moe_core.errors import ConfigError, ContractViolation
 from moe_core.protocols import RunningState
 from moe_core.routing import route
 from moe_core.topk import AnyTopK, BypassedTopK, TopKOutput
-from moe_core.vocabulary import TOPK_BYPASSED, Owner, Phase, Step
+from moe_core.vocabulary import TOPK_BYPASSED, TOPK_STANDARD, Owner, Phase, Step
 from moe_core.weights import CanonicalWeights
 
 
@@ -53,8 +53,12 @@ class MoeLayer(nn.Module):
         self.correction_bias: Tensor | None
         self.register_buffer("correction_bias", correction_bias)
         self.shared_experts = shared_experts
-        # This layer routes, so it can scale the router's weights where no kernel does.
-        plan_options.setdefault("caller_can", {Step.ROUTED_SCALING})
+        if config.no_combine and shared_experts is not None:
+            raise ConfigError("no_combine returns a row for each slot: there is no sum to add shared_experts to")
+        # This layer routes, so it can scale the router's weights where no kernel does; but not those that a kernel
+        # computes itself, nor those that multiply the input of a function that is not linear.
+        if plan_options.get("topk_format", TOPK_STANDARD) == TOPK_STANDARD and not config.router_weight_on_input:
+            plan_options.setdefault("caller_can", {Step.ROUTED_SCALING})
         self.plan: MoePlan = make_plan(config, weights, parallel, **plan_options)
         scales = self.plan.step_owner(Step.ROUTED_SCALING) is Owner.CALLER
         self._scaling = config.routed_scaling_factor if scales else 1.0
@@ -74,6 +78,10 @@ class MoeLayer(nn.Module):
         self, hidden_states: Tensor, *, phase: Phase = Phase.PREFILL, state: RunningState | None = None
     ) -> Tensor:
         """[..., H] -> [..., H] ([..., K, H] with no_combine)."""
+        if hidden_states.shape[-1] != self.config.hidden_size:
+            raise ContractViolation(
+                f"hidden_states has shape {tuple(hidden_states.shape)}, expected [..., {self.config.hidden_size}]"
+            )
         rows = hidden_states.reshape(-1, self.config.hidden_size)
         result = self.plan(rows, self.route(rows), phase=phase, state=state)
         if self.shared_experts is not None:

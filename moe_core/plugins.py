@@ -225,6 +225,8 @@ def _load(record: PluginRecord, entry_point: Any, settings: Settings) -> bool:
     start = time.perf_counter()
     try:
         record.plugin = entry_point.load()
+        if record.plugin is None:
+            raise PluginLoadError(f"{record.target} is None, not a plugin object")
     except Exception as error:  # a plugin's import may raise anything; the others must still load
         record.state, record.detail = PluginState.BROKEN, f"{type(error).__name__}: {error}"
         record.traceback = traceback.format_exc()

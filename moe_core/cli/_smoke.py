@@ -1,4 +1,4 @@
-"""A tiny real forward of every candidate of this machine, against the reference runner."""
+"""A tiny real forward of every candidate of this machine, against the layer's formula in float64."""
 
 from __future__ import annotations
 
@@ -17,12 +17,8 @@ from moe_core.settings import ENVIRONMENT
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_core.topk import TopKOutput
-    from moe_core.weights import CanonicalWeights
+    from moe_core.testing.layers import Layer
 
-#: Largest error as a part of the largest value. A smoke test: the conformance kit is the one that judges rounding.
-TOLERANCES: Final = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
-QUANTIZED_TOLERANCE: Final = 8e-2
 TOKENS: Final = 5
 #: Multiples of what kernels ask for, and still small.
 LAYER: Final = MoeConfig(num_experts=8, top_k=2, hidden_size=256, intermediate_size=256)
@@ -30,7 +26,7 @@ LAYER: Final = MoeConfig(num_experts=8, top_k=2, hidden_size=256, intermediate_s
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Outcome of one candidate on one layer. error: the largest difference as a part of the largest value."""
+    """Outcome of one candidate on one layer. error: relative RMS, None where nothing came back."""
 
     candidate: str
     layer: str
@@ -40,11 +36,6 @@ class Forward:
     seconds: float
     force: str
     detail: str = ""
-
-
-def tolerance(config: MoeConfig) -> float:
-    """What rounding in this layer's dtype and scheme explains."""
-    return TOLERANCES.get(config.dtype, 1e-4) if config.scheme == "bf16" else QUANTIZED_TOLERANCE
 
 
 def force(candidate: Candidate) -> str:
@@ -61,28 +52,27 @@ def choices(candidate: Candidate) -> dict[str, Any]:
     return {"runner": candidate.runner, "dispatcher": candidate.dispatcher, "path": path, "measurements": None}
 
 
-def ask(config: MoeConfig, hardware: HardwareInfo, registry: Registry, runner: str | None = None) -> Resolution:
-    """All candidates, whatever the environment forces."""
-    from moe_core.api import resolve
+def forwards(hardware: HardwareInfo, registry: Registry) -> list[Forward]:
+    """Run everything. A backend that fails is a result, and never raises."""
+    from moe_core.testing.layers import make_layer
+    from moe_core.testing.oracle import dense
 
-    return resolve(
-        config,
-        hardware=hardware,
-        registry=registry,
-        max_tokens=64,
-        runner=runner,
-        dispatcher=None,
-        path=None,
-        measurements=None,
-    )
+    results = []
+    for config, candidates in _layers(hardware, registry):
+        if candidates:
+            on_cpu = make_layer(config, tokens=TOKENS, pattern="dropped")
+            expected = dense(config, *on_cpu)
+            layer = make_layer(config, tokens=TOKENS, pattern="dropped", device=hardware.torch_device_type)
+            results += [_forward(c, config, layer, expected, hardware, registry) for c in candidates]
+    return results
 
 
-def layers(hardware: HardwareInfo, registry: Registry) -> Iterator[tuple[MoeConfig, list[Candidate]]]:
+def _layers(hardware: HardwareInfo, registry: Registry) -> Iterator[tuple[MoeConfig, list[Candidate]]]:
     """Layers and candidates to try: bfloat16, float32, then one scheme of each runner that those two left out."""
     seen: set[str] = set()
     for dtype in ("bfloat16", "float32"):
         config = LAYER.replace(dtype=dtype)
-        candidates = list(ask(config, hardware, registry).candidates)
+        candidates = list(_ask(config, hardware, registry).candidates)
         seen |= {candidate.runner for candidate in candidates}
         yield config, candidates
     for name, spec in sorted(registry.runners.items()):
@@ -90,90 +80,58 @@ def layers(hardware: HardwareInfo, registry: Registry) -> Iterator[tuple[MoeConf
             continue
         for scheme in sorted(spec.support.schemes & {scheme.id for scheme in BUILTIN_SCHEMES}):
             config = LAYER.replace(scheme=scheme)
-            found = list(ask(config, hardware, registry, runner=name).candidates)
+            found = list(_ask(config, hardware, registry, runner=name).candidates)
             if found:
                 yield config, found
                 break
 
 
-def forwards(hardware: HardwareInfo, registry: Registry) -> list[Forward]:
-    """Run everything. Never raises for a backend that fails: that is its result."""
-    results = []
-    for config, candidates in layers(hardware, registry):
-        if not candidates:
-            continue
-        weights, hidden, topk = make_inputs(config, hardware)
-        oracle = _reference(config, weights, hidden, topk, hardware, registry)
-        for candidate in candidates:
-            results.append(_forward(candidate, config, weights, hidden, topk, oracle, hardware, registry))
-    return results
+def _ask(config: MoeConfig, hardware: HardwareInfo, registry: Registry, runner: str | None = None) -> Resolution:
+    """All candidates, whatever the environment forces."""
+    from moe_core.api import resolve
 
-
-def make_inputs(config: MoeConfig, hardware: HardwareInfo) -> tuple[CanonicalWeights, Tensor, TopKOutput]:
-    """Random weights and tokens from a fixed seed, with one dropped slot."""
-    import torch
-
-    from moe_core.topk import TopKOutput
-    from moe_core.weights import CanonicalWeights, torch_dtype
-
-    generator = torch.Generator().manual_seed(0)
-    device = torch.device(hardware.torch_device_type)
-    experts, hidden_size, inner = config.num_experts, config.hidden_size, config.intermediate_size
-    w13 = torch.randn(experts, config.gate_up_factor * inner, hidden_size, generator=generator) * hidden_size**-0.5
-    w2 = torch.randn(experts, hidden_size, inner, generator=generator) * inner**-0.5
-    hidden = torch.randn(TOKENS, hidden_size, generator=generator).to(torch_dtype(config.dtype))
-    scores = torch.rand(TOKENS, experts, generator=generator)
-    weights, ids = scores.topk(config.top_k, dim=-1)
-    ids = ids.to(torch.int32)
-    ids[0, 0] = -1
-    topk = TopKOutput(ids.to(device), weights.to(device))
-    return CanonicalWeights.quantize(w13, w2, config).to(device), hidden.to(device), topk
-
-
-def _reference(
-    config: MoeConfig,
-    weights: CanonicalWeights,
-    hidden: Tensor,
-    topk: TopKOutput,
-    hardware: HardwareInfo,
-    registry: Registry,
-) -> Tensor:
-    from moe_core.api import plan
-
-    oracle = plan(config, weights, hardware=hardware, registry=registry, runner="reference", dispatcher="standard",
-                  path=None, measurements=None)  # fmt: skip
-    return oracle(hidden, topk).float()
+    return resolve(
+        config,
+        hardware=hardware,
+        registry=registry,
+        max_tokens=TOKENS,
+        runner=runner,
+        dispatcher=None,
+        path=None,
+        measurements=None,
+    )
 
 
 def _forward(
     candidate: Candidate,
     config: MoeConfig,
-    weights: CanonicalWeights,
-    hidden: Tensor,
-    topk: TopKOutput,
-    oracle: Tensor,
+    layer: Layer,
+    expected: Tensor,
     hardware: HardwareInfo,
     registry: Registry,
 ) -> Forward:
     from moe_core.api import plan
+    from moe_core.testing.tolerances import assert_close, relative_error, tolerance
 
-    start, allowed = time.perf_counter(), tolerance(config)
-    error, detail = None, ""
+    start, error, detail = time.perf_counter(), None, ""
     try:
-        bound = plan(config, weights, hardware=hardware, registry=registry, max_tokens=64, **choices(candidate))
-        result = bound(hidden.clone(), topk).float()
-        error = relative_error(result, oracle)
-        ok = error <= allowed
-        if not ok:
-            detail = "the result differs from the reference runner's"
+        bound = plan(
+            config, layer.weights, hardware=hardware, registry=registry, max_tokens=TOKENS, **choices(candidate)
+        )
+        result = bound(layer.hidden.clone(), layer.topk).cpu()
+        if result.shape == expected.shape:
+            error = relative_error(result, expected)
+        assert_close(result, expected, config.dtype, config.scheme)
     except Exception as problem:  # a backend may raise anything; here that is an answer
-        ok, detail = False, f"{type(problem).__name__}: {problem}"
-    layer = config.dtype if config.scheme == "bf16" else config.scheme
-    return Forward(candidate.id, layer, ok, error, allowed, time.perf_counter() - start, force(candidate), detail)
-
-
-def relative_error(result: Tensor, oracle: Tensor) -> float:
-    """Largest difference as a part of the largest value; infinite where the result is not finite or misshapen."""
-    if result.shape != oracle.shape or not bool(result.isfinite().all()):
-        return float("inf")
-    return float((result - oracle).abs().max() / oracle.abs().max().clamp(min=1e-6))
+        wrong = isinstance(problem, AssertionError)
+        detail = str(problem) if wrong else f"it raised {type(problem).__name__}: {problem}"
+    return Forward(
+        candidate.id,
+        config.dtype if config.scheme == "bf16" else config.scheme,
+        not detail,
+        error,
+        tolerance(config.dtype, config.scheme),
+        time.perf_counter() - start,
+        force(candidate),
+        detail,
+    )

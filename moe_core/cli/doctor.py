@@ -55,10 +55,12 @@ def doctor() -> Report:
         heading(
             "dependencies (of backends for other devices too: missing ones matter only where you want that backend)"
         ),
-        outline(("state", "module", "version", "for"), [_dependency_row(d) for d in dependencies]),
+        outline(("state", "module", "version", "for"), [_dependency_row(d) for d in dependencies])
+        if dependencies
+        else hanging("- none is declared"),
         heading("plugins' own checks"),
         *_check_table(checks),
-        heading(f"a small layer on {hardware.product}, against the reference runner"),
+        heading(f"a small layer on {hardware.product}, against its formula in float64"),
         outline(("result", "combination", "layer", "error", "limit", "s"), [_forward_row(r) for r in results]),
         heading("to get one of them everywhere in this environment, set"),
         facts({r.candidate: r.force for r in results}.items()),

@@ -41,7 +41,7 @@ class StandardDispatcher:
         if terms is None:
             raise BindError("the standard dispatcher was bound without terms")
         self._ids_dtype = getattr(torch, terms.ids_dtype)
-        self._table = _id_table(binding)
+        self._table, self._num_experts = _id_table(binding), binding.config.num_experts
         sink = terms.dropped is DroppedSlot.SINK
         self.expert_map = expert_map(binding) if "expert_map" in terms.extras else None
         self.expert_mask = expert_mask(binding, sink=sink) if "expert_mask" in terms.extras else None
@@ -88,7 +88,7 @@ class StandardDispatcher:
             if self._weigh:
                 ids, weights = handle
                 # A dropped slot contributes exactly zero, whatever its weight and its row hold.
-                live = ids >= 0
+                live = (ids >= 0) & (ids < self._num_experts)  # -1 and the sink alike
                 slots = torch.where(live[..., None], slots, 0.0) * torch.where(live, weights.float(), 0.0)[..., None]
             result = (slots.sum(dim=1) if self._sum else slots).to(dtype)
         if self._scale is not None:

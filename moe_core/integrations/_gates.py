@@ -7,6 +7,7 @@ that the module and its configuration carry.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +18,7 @@ from moe_core.errors import ConfigError
 from moe_core.runners.activation import FUNCTIONS, apply_activation
 
 _ROWS, _WIDTH = 16, 64
+_NEAR, _REACH = 8.0, 1e4
 _LIMIT_NAMES = ("limit", "swiglu_limit", "gate_limit", "activation_limit")
 _ALPHA_NAMES = ("alpha", "swiglu_alpha")
 
@@ -24,21 +26,23 @@ _ALPHA_NAMES = ("alpha", "swiglu_alpha")
 def read_gate(module: nn.Module) -> Activation:
     """The Activation that `module` computes between its GEMMs. Raises ConfigError where there is none."""
     gated = bool(getattr(module, "has_gate", True))
-    probe = _probe_values(_WIDTH * (2 if gated else 1))
+    limits = [v for v in _constants(module, _LIMIT_NAMES) if v > 0]
+    probe = _probe_values(_WIDTH * (2 if gated else 1), reach=max([_REACH, *(2.0 * v for v in limits)]))
     with torch.no_grad():
         try:
-            if gated:
-                expected = module._apply_gate(_as_stored(probe, module))  # type: ignore[operator]
-            else:
-                expected = module.act_fn(probe)  # type: ignore[operator]
+            function, values = (module._apply_gate, _as_stored(probe, module)) if gated else (module.act_fn, probe)
+            expected: Tensor = function(values)  # type: ignore[operator]
         except Exception as error:  # the model's own code: anything may be wrong with 64 columns on the CPU
             raise ConfigError(
                 f"the gate of {type(module).__name__} could not be evaluated: {type(error).__name__}: {error}",
                 hint="use another experts_implementation for this model",
             ) from error
-    for candidate in _candidates(module, gated):
+    # The second part is for gates that compute in float32, where 1 + erf(x) and 1 + tanh(x) cancel.
+    size = (probe[:, :_WIDTH] * probe[:, _WIDTH:]).abs() if gated else probe.abs()
+    allowed = 1e-4 * expected.abs() + 1e-6 * size if expected.shape == size.shape else size
+    for candidate in _candidates(gated, limits, _constants(module, _ALPHA_NAMES)):
         found = apply_activation(probe, candidate)
-        if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
+        if found.shape == expected.shape and bool(((found - expected).abs() <= allowed).all()):
             return candidate
     raise ConfigError(
         f"the gate of {type(module).__name__} computes something that moe_core's activations cannot express "
@@ -47,10 +51,13 @@ def read_gate(module: nn.Module) -> Activation:
     )
 
 
-def _probe_values(width: int) -> Tensor:
-    """[rows, width] of fixed values from -24 to 24: past every clamp that is in use, dense around zero."""
-    steps = torch.linspace(-1.0, 1.0, _ROWS * width, dtype=torch.float32)
-    values = 24.0 * steps.abs().pow(2.0) * steps.sign()
+def _probe_values(width: int, reach: float) -> Tensor:
+    """[rows, width] of fixed values: half of them dense around zero, half up to `reach`, to meet any clamp."""
+    half = _ROWS * width // 2
+    near = torch.linspace(-_NEAR, _NEAR, half, dtype=torch.float64)
+    far = torch.logspace(math.log10(_NEAR), math.log10(reach), half, dtype=torch.float64)
+    far[::2] *= -1
+    values = torch.cat([near, far])
     # A fixed shuffle, so that gate and up are unrelated.
     order = torch.randperm(values.numel(), generator=torch.Generator().manual_seed(0))
     return values[order].reshape(_ROWS, width)
@@ -74,14 +81,13 @@ def _constants(module: nn.Module, names: tuple[str, ...]) -> list[float]:
     return found
 
 
-def _candidates(module: nn.Module, gated: bool) -> Iterator[Activation]:
-    limits: list[float | None] = [None, *(v for v in _constants(module, _LIMIT_NAMES) if v > 0)]
+def _candidates(gated: bool, limits: list[float], alphas: list[float]) -> Iterator[Activation]:
     for name in FUNCTIONS:
-        for limit in limits:
+        for limit in (None, *limits):
             yield Activation(name=name, gated=gated, limit=limit)
     if not gated:
         return
-    for alpha in [*_constants(module, _ALPHA_NAMES), 1.702, 1.0]:
+    for alpha in (*alphas, 1.702, 1.0):
         for beta in (1.0, 0.0):
-            for limit in limits:
+            for limit in (None, *limits):
                 yield Activation(name="swiglu_oai", alpha=alpha, beta=beta, limit=limit)

@@ -3,7 +3,7 @@
 Two layouts:
 
 * `onednn_blocked`: a copy of every expert's `w13` and `w2` in oneDNN's blocked layout. A product reads such
-  a matrix as one sequential stream; plain rows of bfloat16 cost about half of the memory bandwidth while
+  a matrix as one sequential stream; plain rows of bfloat16 reach about two thirds of that rate while
   decoding. The copy does not keep the canonical tensors alive: once the model drops them, memory is back to
   one copy.
 * `rows`: views of the canonical tensors, nothing is copied. For those who cannot afford the second copy.

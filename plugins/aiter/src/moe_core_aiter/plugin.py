@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from moe_core import hookimpl
 from moe_core.capability import Requires, Support
-from moe_core.hookspecs import hookimpl
 from moe_core.specs import AdapterSpec, PluginInfo, RunnerSpec, Wants
 from moe_core.vocabulary import STANDARD, DroppedSlot, IdSpace, Phase, Step
 
@@ -64,6 +64,8 @@ ADAPTERS = (
         wants=Wants(
             id_spaces=(IdSpace.GLOBAL, IdSpace.LOCAL),
             dropped=(DroppedSlot.NEVER, DroppedSlot.SINK),
+            # mxfp8 is missing: fused_moe quantizes such tokens again and ignores their scales.
+            payloads=("fp8_group128", "fp8_token", "mxfp4", "bf16"),
             extras=frozenset({"expert_mask"}),
             can=frozenset({Step.ROUTED_SCALING}),
             always=frozenset({Step.ROUTER_WEIGHT, Step.TOPK_SUM}),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from moe_core import hookimpl
 from moe_core.capability import Requires, Support
-from moe_core.hookspecs import hookimpl
 from moe_core.specs import FusedSpec, PluginInfo, RunnerSpec, Wants
 from moe_core.vocabulary import BATCHED, STANDARD, DroppedSlot, IdSpace, Phase, Step
 

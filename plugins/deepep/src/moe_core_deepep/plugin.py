@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from moe_core import hookimpl
 from moe_core.capability import Requires, Support
-from moe_core.hookspecs import hookimpl
 from moe_core.specs import DispatcherSpec, Offers, PluginInfo
 from moe_core.vocabulary import BATCHED, GROUPED, STANDARD, DroppedSlot, IdSpace, Phase, Step
 
@@ -22,6 +22,8 @@ _ELASTIC = Requires(module="deep_ep", submodule="buffers.elastic", hint=f"a Deep
 _LL_HIDDEN = frozenset({2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192})
 _LL_TOP_K = 11
 _LINEAR = frozenset({"linear"})
+#: Rows may travel in fp8; combine adds up bfloat16 only.
+_DTYPES = frozenset({"bfloat16"})
 _NUM_SMS = "SMs that the communication kernels take from the experts (even)"
 
 # One copy of a row goes to each rank; combine adds up rows that the runner has weighted and summed.
@@ -69,6 +71,7 @@ AUTO = DispatcherSpec(
     },
     support=Support(
         devices={"cuda": _ARCHS},
+        dtypes=_DTYPES,
         graph_capture=frozenset({Phase.DECODE}),
         host_sync=frozenset({Phase.PREFILL}),
         hidden_sizes=_LL_HIDDEN,
@@ -76,6 +79,7 @@ AUTO = DispatcherSpec(
         needs_max_tokens=True,
         ep_sizes=(2, 160),
         placements=_LINEAR,
+        even_experts=True,
         requires=(_DEEP_EP,),
     ),
 )
@@ -91,11 +95,13 @@ NORMAL = DispatcherSpec(
     options={"num_sms": _NUM_SMS},
     support=Support(
         devices={"cuda": _ARCHS},
+        dtypes=_DTYPES,
         host_sync=frozenset(Phase),
         hidden_multiple=256,
         max_top_k=32,
         ep_sizes=(2, 160),
         placements=_LINEAR,
+        even_experts=True,
         requires=(_DEEP_EP,),
     ),
 )
@@ -111,12 +117,14 @@ STATIC = DispatcherSpec(
     options={"num_sms": _NUM_SMS},
     support=Support(
         devices={"cuda": _ARCHS},
+        dtypes=_DTYPES,
         graph_capture=frozenset(Phase),
         hidden_multiple=256,
         max_top_k=32,
         needs_max_tokens=True,
         ep_sizes=(2, 8),
         placements=_LINEAR,
+        even_experts=True,
         requires=(_DEEP_EP,),
     ),
 )
@@ -131,6 +139,7 @@ LOW_LATENCY = DispatcherSpec(
     why_not="moe_core_deepep.rules:low_latency",
     support=Support(
         devices={"cuda": _ARCHS},
+        dtypes=_DTYPES,
         graph_capture=frozenset(Phase),
         hidden_sizes=_LL_HIDDEN,
         max_top_k=_LL_TOP_K,
@@ -138,12 +147,14 @@ LOW_LATENCY = DispatcherSpec(
         needs_max_tokens=True,
         ep_sizes=(2, None),
         placements=_LINEAR,
+        even_experts=True,
         requires=(_DEEP_EP,),
     ),
 )
 
 _ELASTIC_SUPPORT = Support(
     devices={"cuda": _ARCHS},
+    dtypes=_DTYPES,
     # Prefill waits for the real counts: a worst case there would be gigabytes.
     graph_capture=frozenset({Phase.DECODE}),
     host_sync=frozenset({Phase.PREFILL}),
@@ -153,6 +164,7 @@ _ELASTIC_SUPPORT = Support(
     needs_max_tokens=True,
     ep_sizes=(2, 1024),
     placements=_LINEAR,
+    even_experts=True,
     requires=(_ELASTIC,),
 )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from moe_core.capability import Reason
 from moe_core.request import PlanRequest
-from moe_core.vocabulary import TOPK_STANDARD, Phase
+from moe_core.vocabulary import Phase
 
 #: Rank counts that DeepEP ships tuned buffer sizes for; up to 8 within a node, above that over RDMA.
 _NORMAL_RANKS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)
@@ -16,17 +16,17 @@ _ELASTIC_LOCAL_EXPERTS = 256
 
 def normal(request: PlanRequest, subject: str) -> list[Reason]:
     """Rules of `deepep_normal` and `deepep_normal_static`."""
-    return [*_common(request, subject), *_normal_ranks(request, subject)]
+    return list(_normal_ranks(request, subject))
 
 
 def low_latency(request: PlanRequest, subject: str) -> list[Reason]:
     """Rules of `deepep_ll`."""
-    return [*_common(request, subject), *_low_latency(request, subject)]
+    return list(_low_latency(request, subject))
 
 
 def auto(request: PlanRequest, subject: str) -> list[Reason]:
     """Rules of `deepep`."""
-    reasons = [*_common(request, subject), *_normal_ranks(request, subject)]
+    reasons = list(_normal_ranks(request, subject))
     if Phase.DECODE not in request.phases:
         return reasons
     reasons += _low_latency(request, subject)
@@ -47,31 +47,10 @@ def auto(request: PlanRequest, subject: str) -> list[Reason]:
 
 def elastic(request: PlanRequest, subject: str) -> list[Reason]:
     """Rules of `deepep_v2` and `deepep_v2_grouped`."""
-    reasons = list(_common(request, subject))
-    local = request.num_local_experts
-    if local > _ELASTIC_LOCAL_EXPERTS:
-        needed = str(_ELASTIC_LOCAL_EXPERTS)
-        reasons.append(
-            Reason(subject, "shape.num_experts", f"holds {needed} experts a rank at most", needed, str(local))
-        )
-    return reasons
-
-
-def _common(request: PlanRequest, subject: str) -> Iterator[Reason]:
-    config, ranks = request.config, request.parallel.ep_size
-    if config.dtype != "bfloat16":
-        yield Reason(subject, "dtype", f"combines bfloat16 only, this is {config.dtype}", "bfloat16", config.dtype)
-    if request.topk_format != TOPK_STANDARD:
-        found = request.topk_format
-        yield Reason(subject, "topk.format", "sends tokens by their expert ids", TOPK_STANDARD, found)
-    if config.num_experts % ranks:
-        yield Reason(
-            subject,
-            "parallel.ep",
-            f"needs the same number of experts on every rank: {config.num_experts} over {ranks}",
-            f"a divisor of {config.num_experts}",
-            str(ranks),
-        )
+    local, needed = request.num_local_experts, str(_ELASTIC_LOCAL_EXPERTS)
+    if local <= _ELASTIC_LOCAL_EXPERTS:
+        return []
+    return [Reason(subject, "shape.num_experts", f"holds {needed} experts a rank at most", needed, str(local))]
 
 
 def _normal_ranks(request: PlanRequest, subject: str) -> Iterator[Reason]:

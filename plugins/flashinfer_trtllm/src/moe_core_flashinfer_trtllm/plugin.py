@@ -6,8 +6,8 @@ their experts by an offset into global ids, so only contiguous (linear) placemen
 
 from __future__ import annotations
 
+from moe_core import hookimpl
 from moe_core.capability import Requires, Support
-from moe_core.hookspecs import hookimpl
 from moe_core.specs import FusedSpec, PluginInfo, RunnerSpec, Wants
 from moe_core.vocabulary import STANDARD, TOPK_BYPASSED, TOPK_STANDARD, DroppedSlot, IdSpace, Phase, Step
 
@@ -85,6 +85,7 @@ CUTLASS = RunnerSpec(
         intermediate_multiple=8,
         needs_max_tokens=True,
         placements=frozenset({"linear"}),
+        even_experts=True,
         requires=(_FLASHINFER,),
     ),
 )

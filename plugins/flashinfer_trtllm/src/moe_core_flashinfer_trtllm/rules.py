@@ -47,8 +47,7 @@ def trtllm(request: PlanRequest, subject: str) -> list[Reason]:
 
 def cutlass(request: PlanRequest, subject: str) -> list[Reason]:
     """Rules of the runner `flashinfer_cutlass`."""
-    config, parallel = request.config, request.parallel
-    activation = config.activation
+    config, activation = request.config, request.config.activation
     reasons = [
         *_gated(config, subject),
         *_sizes(request, subject, _CUTLASS_MULTIPLE),
@@ -60,16 +59,6 @@ def cutlass(request: PlanRequest, subject: str) -> list[Reason]:
         reasons.append(Reason(subject, "activation", f"has no relu2 with {config.scheme}"))
     if config.dtype == "float16" and config.scheme not in ("bf16", "fp8_tensor"):
         reasons.append(Reason(subject, "dtype", f"runs {config.scheme} in bfloat16 only", "bfloat16", "float16"))
-    if config.num_experts % parallel.ep_size:
-        reasons.append(
-            Reason(
-                subject,
-                "parallel.ep",
-                f"needs the same number of experts on every rank: {config.num_experts} over {parallel.ep_size}",
-                f"a divisor of {config.num_experts}",
-                str(parallel.ep_size),
-            )
-        )
     options = request.settings.options.get("flashinfer_cutlass", {})
     if options.get("fused_finalize") and "deterministic" in request.features:
         reasons.append(

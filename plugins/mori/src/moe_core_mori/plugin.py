@@ -7,8 +7,8 @@ Where the terms ask for local ids or for a sink, the dispatcher rewrites the rec
 
 from __future__ import annotations
 
+from moe_core import hookimpl
 from moe_core.capability import Requires, Support
-from moe_core.hookspecs import hookimpl
 from moe_core.specs import DispatcherSpec, Offers, PluginInfo
 from moe_core.vocabulary import STANDARD, DroppedSlot, IdSpace, PayloadId, Phase, Step
 
@@ -48,11 +48,13 @@ NORMAL = DispatcherSpec(
     why_not="moe_core_mori.rules:why_not",
     support=Support(
         devices=_DEVICES,
+        dtypes=frozenset({"bfloat16", "float32"}),
         graph_capture=frozenset(Phase),
         hidden_multiple=128,
         needs_max_tokens=True,
         ep_sizes=(2, None),
         placements=frozenset({"linear"}),
+        even_experts=True,
         requires=(_MORI,),
     ),
 )
@@ -67,11 +69,13 @@ LOW_LATENCY = DispatcherSpec(
     why_not="moe_core_mori.rules:why_not",
     support=Support(
         devices=_DEVICES,
+        dtypes=frozenset({"bfloat16", "float32"}),
         graph_capture=frozenset(Phase),
         hidden_multiple=128,
         needs_max_tokens=True,
         ep_sizes=(2, None),
         placements=frozenset({"linear"}),
+        even_experts=True,
         requires=(_MORI,),
     ),
 )
@@ -83,14 +87,16 @@ V2 = DispatcherSpec(
     formats=_FORMATS,
     offers=_offers("bf16"),
     priority=130,
-    why_not="moe_core_mori.rules:v2",
+    why_not="moe_core_mori.rules:why_not",
     support=Support(
         devices=_DEVICES,
+        dtypes=frozenset({"bfloat16"}),
         graph_capture=frozenset(Phase),
         hidden_multiple=8,
         needs_max_tokens=True,
         ep_sizes=(2, 8),
         placements=frozenset({"linear"}),
+        even_experts=True,
         requires=(_MORI_V2,),
     ),
 )
