@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from moe_core.capability import Support
-from moe_core.config import DTYPES
+from moe_core.config import ACTIVATIONS, DTYPES
 from moe_core.formats import BUILTIN_FORMATS
 from moe_core.hardware import HardwareInfo, detect
 from moe_core.hookspecs import hookimpl
@@ -33,7 +33,6 @@ from moe_core.vocabulary import (
     Step,
 )
 
-_ACTIVATIONS: Final = frozenset({"silu", "gelu", "gelu_tanh", "relu", "relu2", "identity", "swiglu_oai"})
 _ALL_FEATURES: Final = frozenset({"bias", "router_weight_on_input", "no_combine", "deterministic", "lora"})
 _HOOKS: Final = frozenset({"after_gate_up", "after_down"})
 _SUMS: Final = frozenset({Step.ROUTER_WEIGHT, Step.TOPK_SUM, Step.ROUTED_SCALING})
@@ -72,7 +71,7 @@ REFERENCE_RUNNER: Final = RunnerSpec(
         devices={"*": ("*",)},
         schemes=frozenset(s.id for s in BUILTIN_SCHEMES),
         dtypes=frozenset(DTYPES),
-        activations=_ACTIVATIONS,
+        activations=ACTIVATIONS,
         gated=frozenset({True, False}),
         activation_limit=True,
         features=_ALL_FEATURES,
@@ -97,7 +96,7 @@ CPU_RUNNER: Final = RunnerSpec(
         devices={"cpu": ("*",)},
         schemes=frozenset({"bf16"}),
         dtypes=frozenset({"bfloat16", "float16", "float32"}),
-        activations=_ACTIVATIONS,
+        activations=ACTIVATIONS,
         gated=frozenset({True, False}),
         activation_limit=True,
         features=_ALL_FEATURES | {"compile"},

@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_core.errors import RankDisagreement
 from moe_core.explanation import describe_layer
-from moe_core.selection import Resolution
+from moe_core.resolution import Resolution
 
 
 def summary(resolution: Resolution) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from moe_core.hardware import HardwareInfo
 from moe_core.measurements import Measurements
 from moe_core.registry import Registry, default_registry
 from moe_core.request import PlanRequest
-from moe_core.selection import Resolution
+from moe_core.resolution import Resolution
 from moe_core.selection import resolve as _resolve
 from moe_core.settings import Settings
 from moe_core.vocabulary import TOPK_STANDARD, DroppedSlot, Phase, Step

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moe_core import _contract, _lazy, explanation
 from moe_core.errors import BindError, ContractViolation, LayoutMismatch
 from moe_core.protocols import Binding, RunningState
-from moe_core.selection import Resolution
+from moe_core.resolution import Resolution
 from moe_core.specs import FusedSpec, Terms
 from moe_core.vocabulary import TOPK_STANDARD, FormatId, Owner, Phase, Step
 from moe_core.weights import WeightRequirements, torch_dtype

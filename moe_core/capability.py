@@ -111,6 +111,13 @@ class Requires:
     min_version: str | None = None
     hint: str | None = None
 
+    def __post_init__(self) -> None:
+        if "." in self.module:
+            raise SpecError(
+                f"Requires.module is {self.module!r}: finding a submodule by its dotted name would import its parent",
+                hint="name the top-level module, and the rest in submodule=",
+            )
+
     def why_not(self, subject: str) -> list[Reason]:
         """Empty when it is there; the reason otherwise. Takes well under a millisecond."""
         code, message, found = _probe(self)

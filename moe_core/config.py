@@ -10,6 +10,8 @@ from typing import Any, Final, Self
 from moe_core.errors import ConfigError, did_you_mean
 
 DTYPES: Final = ("bfloat16", "float16", "float32", "float64")
+#: The activation functions that the core's own runners compute; plugins may have others.
+ACTIVATIONS: Final = frozenset({"silu", "gelu", "gelu_tanh", "relu", "relu2", "identity", "swiglu_oai"})
 ROUTING_METHODS: Final = ("softmax", "topk_softmax", "sigmoid", "topk_sigmoid")
 
 

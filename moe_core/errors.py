@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moe_core.capability import Reason
-    from moe_core.selection import Resolution
+    from moe_core.resolution import Resolution
 
 
 class MoeCoreError(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_core.request import PlanRequest, plain
-from moe_core.selection import Candidate, Resolution, Verdict
+from moe_core.resolution import Candidate, Resolution, Verdict
 
 
 def describe_layer(request: PlanRequest) -> str:

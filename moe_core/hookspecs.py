@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moe_core.hardware import HardwareInfo
     from moe_core.quant import QuantScheme
     from moe_core.request import PlanRequest
-    from moe_core.selection import Candidate, PriorityNote, Resolution
+    from moe_core.resolution import Candidate, PriorityNote, Resolution
     from moe_core.specs import (
         AdapterSpec,
         DispatcherSpec,

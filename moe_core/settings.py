@@ -60,8 +60,11 @@ class Settings:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=FrozenDict)
 
     def __post_init__(self) -> None:
-        frozen = {name: FrozenDict(dict(values)) for name, values in self.options.items()}
-        object.__setattr__(self, "options", FrozenDict(frozen))
+        # Code may say what a file may: a list of names, "executed", a path object.
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is not None:
+                object.__setattr__(self, f.name, _parse(f.name, value, "Settings"))
         if self.path not in (None, "fused", "split", "whole"):
             raise ConfigError(
                 f"unknown path {self.path!r}", hint=did_you_mean(self.path or "", ("fused", "split", "whole"))
@@ -124,7 +127,13 @@ def _from_file(known: set[str]) -> dict[str, Any]:
 def _parse(name: str, value: Any, source: str) -> Any:
     if name in ("plugins", "disable"):
         items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple | set | frozenset) or not all(isinstance(item, str) for item in items):
+            raise ConfigError(f"{source} sets {name} to {value!r}", hint="list names of plugins")
         return tuple(item.strip() for item in items if item.strip())
+    if name == "options":
+        if not isinstance(value, Mapping) or not all(isinstance(given, Mapping) for given in value.values()):
+            raise ConfigError(f"{source} sets options to {value!r}", hint="write {'cpu': {'pack_weights': False}}")
+        return FrozenDict({owner: FrozenDict(given) for owner, given in value.items()})
     if name in ("strict", "check", "allow_last_resort"):
         if isinstance(value, bool):
             return value
@@ -141,4 +150,6 @@ def _parse(name: str, value: Any, source: str) -> Any:
             raise ConfigError(
                 f"{source} sets min_maturity to {value!r}", hint=did_you_mean(str(value), list(Maturity))
             ) from None
-    return value.strip() if isinstance(value, str) else value
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigError(f"{source} sets {name} to {value!r}", hint="give a name")
+    return os.fspath(value).strip()

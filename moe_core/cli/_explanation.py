@@ -9,7 +9,7 @@ from rich.text import Text
 
 from moe_core.cli._report import facts, hanging, heading, outline
 from moe_core.explanation import candidate_detail, describe_layer, describe_parallel
-from moe_core.selection import Candidate, PathChoice, Resolution, Verdict
+from moe_core.resolution import Candidate, PathChoice, Resolution, Verdict
 from moe_core.vocabulary import Step
 
 

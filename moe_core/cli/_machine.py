@@ -19,7 +19,7 @@ from moe_core._version import __version__
 from moe_core.errors import did_you_mean
 from moe_core.registry import Registry
 from moe_core.request import plain
-from moe_core.selection import Component
+from moe_core.resolution import Component
 from moe_core.settings import CONFIG_FILE_VARIABLE, ENVIRONMENT, Settings
 
 _OTHER_VARIABLES: Final = frozenset({CONFIG_FILE_VARIABLE})

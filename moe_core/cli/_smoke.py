@@ -11,7 +11,7 @@ from moe_core.config import MoeConfig
 from moe_core.hardware import HardwareInfo
 from moe_core.quant import BUILTIN_SCHEMES
 from moe_core.registry import Registry
-from moe_core.selection import Candidate, Resolution
+from moe_core.resolution import Candidate, Resolution
 from moe_core.settings import ENVIRONMENT
 
 if TYPE_CHECKING:

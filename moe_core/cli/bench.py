@@ -19,7 +19,7 @@ from moe_core.explanation import describe_layer, describe_parallel
 from moe_core.measurements import Measurements
 from moe_core.registry import Registry, default_registry
 from moe_core.request import PlanRequest
-from moe_core.selection import Candidate
+from moe_core.resolution import Candidate
 
 if TYPE_CHECKING:
     import torch

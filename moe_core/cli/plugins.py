@@ -14,7 +14,7 @@ from moe_core.cli._report import Report, heading, outline, quiet_discovery, repo
 from moe_core.errors import ConfigError, did_you_mean
 from moe_core.plugins import PluginRecord, PluginState
 from moe_core.registry import Registry, default_registry
-from moe_core.selection import Component
+from moe_core.resolution import Component
 from moe_core.settings import Settings
 from moe_core.vocabulary import PLUGIN_API, Maturity
 

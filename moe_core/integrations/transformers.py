@@ -6,7 +6,8 @@
     model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="moe_core")
 
 transformers keeps two registries of experts implementations, for plain and for FP8 experts, and checks names against
-their union: a name in only one of them passes the check and fails in the forward. `register` fills both. Inference only.
+their union: a name in only one of them passes the check and fails in the forward. `register` fills both.
+Inference only.
 
 Weights are converted at the first forward of a layer. Later forwards notice changes: weights that were written in place
 (load_state_dict, an optimizer, `parameter.copy_`) are updated in place, so that addresses stay; weights that were
@@ -81,7 +82,7 @@ def experts_forward(
     ):
         raise ContractViolation(
             "a forward with gradients was asked of experts_implementation='moe_core', which runs inference only",
-            hint="call the model in torch.no_grad() or inference_mode(); train with experts_implementation='grouped_mm'",
+            hint="call it in torch.no_grad() or inference_mode(); train with experts_implementation='grouped_mm'",
         )
     # Without gradients being recorded, a parameter-born tensor may still say that it wants them.
     hidden_states, top_k_weights = hidden_states.detach(), top_k_weights.detach()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_core.config import Activation
+from moe_core.config import ACTIVATIONS, Activation
 from moe_core.errors import ConfigError, did_you_mean
 
 
@@ -33,9 +33,6 @@ FUNCTIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "relu2": _relu2,
     "identity": _identity,
 }
-
-#: All activation names that the core's runners compute.
-ACTIVATIONS: Final = frozenset({*FUNCTIONS, "swiglu_oai"})
 
 
 def apply_activation(gate_up: Tensor, activation: Activation) -> Tensor:

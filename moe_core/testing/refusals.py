@@ -13,7 +13,7 @@ from moe_core.testing.stage import any_config, sentence
 from moe_core.vocabulary import Phase
 
 if TYPE_CHECKING:
-    from moe_core.selection import Resolution
+    from moe_core.resolution import Resolution
     from moe_core.testing.case import Case
 
 #: Features that are a property of the layer, and how the layer asks for them.

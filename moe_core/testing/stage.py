@@ -14,7 +14,7 @@ from moe_core.errors import ConfigError
 from moe_core.hardware import PROFILES, HardwareInfo
 from moe_core.plugins import CORE, PluginRecord
 from moe_core.registry import Registry
-from moe_core.selection import Resolution, Verdict
+from moe_core.resolution import Resolution, Verdict
 from moe_core.settings import Settings
 from moe_core.testing.components import Component
 from moe_core.testing.dispatchers import plugin as testing_plugin

@@ -230,7 +230,6 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: x.relu_().square_(),
     "identity": lambda x: x,
 }
-ACTIVATIONS = frozenset((*_FUNCTIONS, "swiglu_oai"))
 
 
 def _sum_one(result: Tensor, slots: _Slots, scales: Tensor | None, output_scale: float) -> Tensor:
