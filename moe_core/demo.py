@@ -7,7 +7,10 @@ config.json, safetensors and a byte-level tokenizer.
 from __future__ import annotations
 
 import json as json_module
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moe_core.errors import ConfigError
+from moe_core.errors import ConfigError, did_you_mean
 
 DEFAULT_PROMPT = "Mixture of experts:"
+#: Where the random checkpoint is written.
+RANDOM_CHECKPOINT = ".demo/random-qwen3-moe"
 #: Largest difference of two logits, as a part of the largest logit, that rounding in each dtype explains by itself.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 2e-2}
 #: In a half-width dtype a rounding error can turn a router's near tie, and then whole logits move. How far they move
@@ -28,13 +33,17 @@ YARDSTICK_FACTOR = 2.0
 
 @dataclass(slots=True)
 class DemoResult:
-    """What `run` measured. Times are seconds of one prefill and of the whole generation (best of two)."""
+    """What `run` measured. Times are seconds of one prefill and of the whole generation (best of two).
+
+    plan, fingerprint and layout (of its weights) are the first layer's.
+    """
 
     model: str
     dtype: str
     layers: int
     plan: str
     fingerprint: str
+    layout: str
     tokens: list[int]
     text: str
     eager_tokens: list[int]
@@ -97,49 +106,66 @@ def run(
     max_new_tokens: int = 16,
     dtype: str | None = None,
     json: bool = False,
+    scratch: str | Path = RANDOM_CHECKPOINT,
 ) -> int:
     """Generate with moe_core and with transformers' own eager experts, and compare. Returns an exit code.
 
-    0: the logits agree; 1: they differ by more than rounding explains.
+    0: the logits agree; 1: they differ by more than rounding explains. Without `model_dir`, a random checkpoint is
+    written to `scratch`.
     """
-    result, report = measure(model_dir, prompt or DEFAULT_PROMPT, max_new_tokens, dtype)
+    result, report = measure(model_dir, prompt or DEFAULT_PROMPT, max_new_tokens, dtype, scratch)
     if json:
-        print(json_module.dumps(asdict(result) | {"report": report}, indent=1))
+        print(json_module.dumps(_finite(asdict(result)) | {"report": report}, indent=1, allow_nan=False))
     else:
         _show(result, report)
     return 0 if result.ok else 1
 
 
-def measure(model_dir: str | None, prompt: str, max_new_tokens: int, dtype: str | None) -> tuple[DemoResult, str]:
-    """The numbers of `run`, and the selection report of the first layer."""
+def measure(
+    model_dir: str | None,
+    prompt: str,
+    max_new_tokens: int,
+    dtype: str | None,
+    scratch: str | Path = RANDOM_CHECKPOINT,
+) -> tuple[DemoResult, str]:
+    """The numbers of `run`, and the selection report of the first layer.
+
+    Needs memory for the weights and, beside them, for one packed copy of the experts while moe_core runs; where that
+    does not fit, the experts run from the model's own weights.
+    """
     try:
-        import torch
+        import torch  # noqa: F401
         import transformers
-        from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise ConfigError(f"this needs transformers: {error}", hint="pip install 'moe-core[transformers]'") from error
 
     from moe_core.integrations import transformers as bridge
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    folder = Path(model_dir) if model_dir else write_random_checkpoint(".demo/random-qwen3-moe")
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{str(folder)!r} holds no config.json: it is not a Hugging Face checkpoint")
-    bridge.register()
-    wanted = getattr(torch, dtype) if dtype else "auto"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, experts_implementation=bridge.NAME).eval()
-    ids, decode = _tokenize(folder, prompt, model.config.get_text_config().vocab_size)
+    if dtype is not None and dtype not in TOLERANCES:
+        raise ConfigError(f"unknown dtype {dtype!r}", hint=did_you_mean(dtype, TOLERANCES))
+    with _quiet(transformers.utils.logging):
+        folder = Path(model_dir) if model_dir else write_random_checkpoint(scratch)
+        model = _load(folder, dtype)
+        ids, decode = _tokenize(folder, prompt, model.config.get_text_config().vocab_size)
+        _warm_up(model, ids)
+        plans = bridge.plans(model)
+        if not plans:
+            raise ConfigError(
+                f"{type(model).__name__} ran no layer through moe_core",
+                hint="this needs a mixture-of-experts model whose experts transformers can replace",
+            )
+        layers, first = len(plans), next(iter(plans.values()))
+        plan, fingerprint, report = first.resolution.require().id, first.fingerprint, first.explain()
+        layout = str(first.quant_info.layout)
+        ours = _time(model, ids, max_new_tokens)
+        # The packed copy goes before anything else runs.
+        del plans, first
+        bridge.release(model)
+        model.set_experts_implementation("eager")
+        _warm_up(model, ids)
+        eager = _time(model, ids, max_new_tokens)
+        yardstick = _yardstick(model, ids, eager.logits)
 
-    ours = _time(model, ids, max_new_tokens)
-    plans = bridge.plans(model)
-    if not plans:
-        raise ConfigError(f"{type(model).__name__} ran no layer through moe_core: it has no experts to run")
-    model.set_experts_implementation("eager")
-    eager = _time(model, ids, max_new_tokens)
-    yardstick = _yardstick(model, ids, eager.logits)
-
-    first = next(iter(plans.values()))
     difference = float((ours.logits - eager.logits).abs().max())
     largest = float(eager.logits.abs().max())
     name = str(model.dtype).removeprefix("torch.")
@@ -147,9 +173,10 @@ def measure(model_dir: str | None, prompt: str, max_new_tokens: int, dtype: str 
     result = DemoResult(
         model=str(folder),
         dtype=name,
-        layers=len(plans),
-        plan=first.resolution.require().id,
-        fingerprint=first.fingerprint,
+        layers=layers,
+        plan=plan,
+        fingerprint=fingerprint,
+        layout=layout,
         tokens=ours.tokens,
         text=decode(ours.tokens),
         eager_tokens=eager.tokens,
@@ -162,7 +189,60 @@ def measure(model_dir: str | None, prompt: str, max_new_tokens: int, dtype: str 
         eager_generate_s=eager.generate_s,
         ok=difference <= allowed,
     )
-    return result, first.explain()
+    return result, report
+
+
+def _load(folder: Path, dtype: str | None) -> Any:
+    """The model on the CPU, with its experts through moe_core."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    from moe_core.integrations import transformers as bridge
+
+    if not (folder / "config.json").is_file():
+        what = "holds no config.json: it is not a Hugging Face checkpoint" if folder.is_dir() else "is no folder"
+        raise ConfigError(
+            f"{str(folder)!r} {what}",
+            hint="name the folder of a downloaded checkpoint; without one, a small random model is used",
+        )
+    bridge.register()
+    wanted = getattr(torch, dtype) if dtype else "auto"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, experts_implementation=bridge.NAME).eval()
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ConfigError(f"transformers cannot load {str(folder)!r}: {error}") from error
+    if not _room_for_copy(model):
+        bridge.register(options={"cpu": {"pack_weights": False}})
+    return model
+
+
+def _room_for_copy(model: Any) -> bool:
+    """Whether a second copy of the experts fits into memory, with a tenth to spare."""
+    from moe_core.runners.cpu.weights import _available_bytes
+
+    available = _available_bytes()
+    experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
+    return available is None or 1.1 * experts < available
+
+
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """transformers without progress bars and warnings, which would stand between the lines of the report."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has neither NaN nor infinity: null stands for them."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 @dataclass(slots=True)
@@ -173,12 +253,19 @@ class _Timed:
     generate_s: float
 
 
+def _warm_up(model: Any, ids: Any) -> None:
+    """One forward: converts the weights and warms caches up."""
+    import torch
+
+    with torch.inference_mode():
+        model(ids)
+
+
 def _time(model: Any, ids: Any, max_new_tokens: int) -> _Timed:
     import torch
 
     prefill, generate = [], []
     with torch.inference_mode():
-        model(ids)  # converts the weights and warms caches up
         for _ in range(2):
             start = time.perf_counter()
             logits = model(ids).logits.float()

@@ -125,7 +125,7 @@ class ContractViolation(MoeCoreError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown `name`: the close matches first, else everything that is known."""
-    options = sorted(set(known))
+    options = sorted({str(option) for option in known})  # members of an enum by their values
     close = difflib.get_close_matches(name, options, n=3, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from moe_core.errors import ConfigError, SpecError, did_you_mean
 from moe_core.hookspecs import COLLECTION_HOOKS
@@ -130,11 +130,11 @@ class Registry:
 
     def runner(self, name: str) -> RunnerSpec:
         """The runner spec, or ConfigError with the known names and the state of a plugin of that name."""
-        return self._get("runner", self.runners, name)
+        return cast(RunnerSpec, self._get("runner", self.runners, name))
 
     def dispatcher(self, name: str) -> DispatcherSpec:
         """The dispatcher spec, or ConfigError with the known names and the state of a plugin of that name."""
-        return self._get("dispatcher", self.dispatchers, name)
+        return cast(DispatcherSpec, self._get("dispatcher", self.dispatchers, name))
 
     def _get(self, kind: str, table: Mapping[str, Any], name: str) -> Any:
         if name in table:

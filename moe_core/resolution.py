@@ -1,4 +1,4 @@
-"""The answer of a selection: every verdict, the ranked candidates, the choice and its fingerprint. Plain, frozen data."""
+"""The answer of a selection: every verdict, the ranked candidates, the choice and its fingerprint, as frozen data."""
 
 from __future__ import annotations
 

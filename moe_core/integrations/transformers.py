@@ -148,9 +148,10 @@ def _cached(module: nn.Module, dtype: torch.dtype, top_k: int, options: dict[str
     cached: _Cached | None = module.__dict__.get(_CACHE)
     if torch.compiler.is_compiling():
         if cached is None:
-            raise ContractViolation(
-                "a layer was compiled before it had a plan",
-                hint="run the model once before torch.compile, so that its weights are converted outside the graph",
+            # A compiler shows the message of a built-in exception only. Without fullgraph it runs this layer eagerly.
+            raise RuntimeError(
+                "a moe_core layer was compiled before it had a plan: run the model once before "
+                "torch.compile(fullgraph=True), so that its weights are converted outside the graph"
             )
         return cached
     problem = (top_k, dtype, options)
