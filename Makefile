@@ -14,15 +14,15 @@ EDITABLE := $(foreach p,$(PLUGINS),-e $(patsubst %/pyproject.toml,%,$(p)))
 
 # torch first and pinned: a plain `torch` would bring gigabytes of CUDA on a machine without a GPU. To use a torch of your
 # own (CUDA, ROCm), install it in $(VENV) before; it is kept.
-$(VENV)/.core: pyproject.toml
+$(VENV)/.core: pyproject.toml $(PLUGINS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q torch==2.13.0
-	$(BIN)/python -m pip install -q -e ".[transformers]"
+	$(BIN)/python -m pip install -q "hatchling>=1.27" -e ".[transformers]"
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation $(EDITABLE)
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.core requirements-dev.txt $(PLUGINS)
+$(VENV)/.dev: $(VENV)/.core requirements-dev.txt
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
-	$(BIN)/python -m pip install -q --no-deps --no-build-isolation $(EDITABLE)
 	touch $@
 
 setup: $(VENV)/.core

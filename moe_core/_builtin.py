@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from moe_core.capability import Support
@@ -114,12 +115,16 @@ _ANY_DROPPED: Final = (DroppedSlot.NEGATIVE, DroppedSlot.NEVER)
 
 
 def _reference_adapter(format_id: str, can: frozenset[Step]) -> AdapterSpec:
+    wants = Wants(dropped=_ANY_DROPPED, payloads=_PAYLOADS, ids_dtypes=("int32", "int64"), can=can)
+    if format_id != STANDARD:
+        # The ids of expert-major rows are the sender's and pass through untouched, so any kind of them will do.
+        wants = replace(wants, id_spaces=(IdSpace.LOCAL, IdSpace.GLOBAL), dropped=(*_ANY_DROPPED, DroppedSlot.SINK))
     return AdapterSpec(
         runner="reference",
         format=format_id,
         pre=f"moe_core.runners.reference:pre_{format_id}",
         post=f"moe_core.runners.reference:post_{format_id}",
-        wants=Wants(dropped=_ANY_DROPPED, payloads=_PAYLOADS, ids_dtypes=("int32", "int64"), can=can),
+        wants=wants,
     )
 
 

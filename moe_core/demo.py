@@ -29,6 +29,7 @@ TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 2e-2}
 #: for that reason alone is measured, not guessed: transformers' own grouped_mm is compared with its own eager experts.
 YARDSTICK = "grouped_mm"
 YARDSTICK_FACTOR = 2.0
+_TOKENIZER_FILES = ("tokenizer.", "vocab", "tekken", "spiece", "sentencepiece", "tiktoken")
 
 
 @dataclass(slots=True)
@@ -55,48 +56,6 @@ class DemoResult:
     generate_s: float
     eager_generate_s: float
     ok: bool
-
-
-def write_random_checkpoint(folder: str | Path) -> Path:
-    """A small random Qwen3-MoE checkpoint: 4 layers, 32 experts, top-4, hidden 512; about 100 MiB in float32."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<eos>": 0, **{symbol: i for i, symbol in enumerate(alphabet, start=1)}}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(path)
-    config = Qwen3MoeConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=512,
-        intermediate_size=512,
-        moe_intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        num_experts=32,
-        num_experts_per_tok=4,
-        norm_topk_prob=True,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                # The usual initialization is so small that every logit is near zero and any error would hide.
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    model.save_pretrained(path)
-    return path
 
 
 def run(
@@ -130,8 +89,7 @@ def measure(
 ) -> tuple[DemoResult, str]:
     """The numbers of `run`, and the selection report of the first layer.
 
-    Needs memory for the weights and, beside them, for one packed copy of the experts while moe_core runs; where that
-    does not fit, the experts run from the model's own weights.
+    Where one packed copy of the experts does not fit into memory, they run from the model's own weights.
     """
     try:
         import torch  # noqa: F401
@@ -140,6 +98,7 @@ def measure(
         raise ConfigError(f"this needs transformers: {error}", hint="pip install 'moe-core[transformers]'") from error
 
     from moe_core.integrations import transformers as bridge
+    from moe_core.integrations.random_checkpoint import write_random_checkpoint
 
     if dtype is not None and dtype not in TOLERANCES:
         raise ConfigError(f"unknown dtype {dtype!r}", hint=did_you_mean(dtype, TOLERANCES))
@@ -158,8 +117,7 @@ def measure(
         plan, fingerprint, report = first.resolution.require().id, first.fingerprint, first.explain()
         layout = str(first.quant_info.layout)
         ours = _time(model, ids, max_new_tokens)
-        # The packed copy goes before anything else runs.
-        del plans, first
+        del plans, first  # the packed copy goes before anything else runs
         bridge.release(model)
         model.set_experts_implementation("eager")
         _warm_up(model, ids)
@@ -295,14 +253,18 @@ def _tokenize(folder: Path, prompt: str, vocabulary: int) -> tuple[Any, Any]:
     import torch
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError):
-        # A checkpoint without a tokenizer still runs: bytes serve as ids, and ids are shown instead of text.
-        ids = [byte % vocabulary for byte in prompt.encode()]
-        return torch.tensor([ids]), lambda tokens: " ".join(map(str, tokens))
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    return ids, lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
+    # Without these files transformers makes a tokenizer that knows no word.
+    if any(path.name.startswith(_TOKENIZER_FILES) for path in folder.iterdir()):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(f"transformers cannot load the tokenizer of {str(folder)!r}: {error}") from error
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        if ids.numel() == 0:
+            raise ConfigError(f"the tokenizer of {str(folder)!r} makes no token of the prompt {prompt!r}")
+        return ids, lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
+    # A checkpoint without a tokenizer still runs: bytes serve as ids, and ids are shown instead of text.
+    return torch.tensor([[byte % vocabulary for byte in prompt.encode()]]), lambda tokens: " ".join(map(str, tokens))
 
 
 def _show(result: DemoResult, report: str) -> None:

@@ -28,6 +28,7 @@ FILES: Final[dict[str, dict[str, str]]] = {
         "runner/init.py.tmpl": "src/${package}/__init__.py",
         "runner/plugin.py.tmpl": "src/${package}/plugin.py",
         "runner/runner.py.tmpl": "src/${package}/runner.py",
+        "runner/kernels.py.tmpl": "src/${package}/kernels.py",
         "runner/adapters.py.tmpl": "src/${package}/adapters.py",
         "runner/weights.py.tmpl": "src/${package}/weights.py",
         "py.typed.tmpl": "src/${package}/py.typed",

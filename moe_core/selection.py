@@ -21,7 +21,7 @@ from moe_core.specs import (
     maturity_on,
     negotiate,
 )
-from moe_core.vocabulary import DroppedSlot, FormatId, Maturity, Phase
+from moe_core.vocabulary import DroppedSlot, FormatId, Maturity, Owner, Phase, Step
 
 if TYPE_CHECKING:
     from moe_core.measurements import Measurements
@@ -219,14 +219,16 @@ def _path(
             admitted=admitted,
         )
         if isinstance(terms, Terms):
+            if request.config.router_weight_on_input and terms.owner(Step.ROUTER_WEIGHT) is Owner.DISPATCHER:
+                message = "nobody would do router_weight before the experts: the dispatcher multiplies their results"
+                refused.append(Reason(subject, "step.never", message))
+                continue
             return reasons or PathChoice(format_id, kind, terms, spec)
         refused += [reason for reason in terms if reason not in refused]
     return reasons + refused
 
 
 def _caller_reduces(request: PlanRequest) -> frozenset[Any]:
-    from moe_core.vocabulary import Step
-
     both = frozenset({Step.EP_REDUCE, Step.TP_REDUCE})
     return both if request.parallel.reduce == "caller" else frozenset()
 

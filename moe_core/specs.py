@@ -384,4 +384,11 @@ def _assign_steps(
                         hint=f"do it in the caller and say so: caller_does={{Step.{step.name}}}",
                     )
                 )
+    if owners.get(Step.ROUTER_WEIGHT) is Owner.DISPATCHER and owners.get(Step.TOPK_SUM) is Owner.RUNNER:
+        # Slots are weighted before they are summed, and the dispatcher sees them after the runner.
+        if Step.TOPK_SUM in offers.can and Step.TOPK_SUM not in wants.always:
+            owners[Step.TOPK_SUM] = Owner.DISPATCHER
+        else:
+            message = "nobody would do router_weight before the runner sums the top-k slots"
+            reasons.append(Reason(subject, "step.never", message))
     return owners

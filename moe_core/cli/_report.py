@@ -112,6 +112,13 @@ def quiet_discovery() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextmanager
+def progress(text: str) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what goes on, where a person looks at it; nothing in a pipe."""
+    with Console(stderr=True, highlight=False).status(Text(text)) as status:
+        yield lambda now: status.update(Text(now))
+
+
 def styled(value: object) -> Text:
     """A cell; the words of `STYLES` in their color."""
     text = str(value)

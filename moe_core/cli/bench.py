@@ -11,7 +11,7 @@ from rich.console import RenderableType
 
 from moe_core.api import detect_hardware, resolve
 from moe_core.cli._layer import layer_options, parallel_options, read_layer, read_parallel
-from moe_core.cli._report import Report, facts, hanging, heading, reports, table
+from moe_core.cli._report import Report, facts, hanging, heading, progress, reports, table
 from moe_core.cli._smoke import choices
 from moe_core.config import MoeConfig
 from moe_core.errors import ConfigError, MoeCoreError
@@ -32,7 +32,7 @@ GIB: Final = 1024**3
 CHECK_TOKENS: Final = 3
 
 
-class Sizes(click.ParamType):
+class Sizes(click.ParamType[tuple[int, ...]]):
     """Token counts, comma separated."""
 
     name = "tokens"
@@ -102,9 +102,8 @@ def bench(
     request = resolution.request
     if not candidates:
         hint = "moe-core explain --model ... says why"
-        raise_code = Report({"model": layer.name, "candidates": [], "hint": hint}, [], code=3)
-        raise_code.show = [hanging(f"- nothing that is installed can run this layer here; {hint}")]
-        return raise_code
+        nothing = hanging(f"- nothing that is installed can run this layer here; {hint}")
+        return Report({"model": layer.name, "candidates": [], "hint": hint}, [nothing], code=3)
 
     import torch
 
@@ -112,10 +111,11 @@ def bench(
 
     device = torch.device(hardware.torch_device_type)
     stored = _require_memory(layer.config, request, candidates, registry, device)
-    with torch.no_grad():
+    with torch.no_grad(), progress("making random weights, binding every candidate, comparing with the reference"):
         weights = random_weights(layer.config, parallel, device)
         rows, plans = _bind_and_check(layer.config, request, candidates, weights, asked)
-    _time(rows, plans, layer.config, tokens, device)
+    with progress(f"timing {len(plans)} candidates at {', '.join(map(str, tokens))} tokens"):
+        _time(rows, plans, layer.config, tokens, device)
     if save is not None:
         for row in rows:
             if row.ok:
@@ -205,11 +205,6 @@ def _write(measurements: Measurements, path: Path) -> None:
 def _show(
     model: str, request: PlanRequest, rows: list[Row], tokens: tuple[int, ...], stored: int, save: Path | None
 ) -> list[RenderableType]:
-    best = {t: min((row.ms[t] for row in rows if t in row.ms), default=0.0) for t in tokens}
-
-    def cell(row: Row, t: int) -> str:
-        return f"{row.ms[t]:.3f} ({row.ms[t] / best[t]:.2f}x)" if t in row.ms else "-"
-
     header: list[tuple[str, object]] = [
         ("hardware", request.hardware),
         ("model", model),
@@ -217,14 +212,22 @@ def _show(
         ("parallel", describe_parallel(request)),
         ("weights", f"{stored:,} bytes"),
     ]
-    show: list[RenderableType] = [facts(header)]
-    headers = ("check", "combination", "error", *(f"{t} tok" for t in tokens))
-    cells = [
-        ("PASS" if row.ok else "FAIL", row.candidate, "-" if row.error is None else f"{row.error:.1e}",
-         *(cell(row, t) for t in tokens))
-        for row in rows
-    ]  # fmt: skip
-    show.append(table(headers, cells, title="milliseconds of one call (and how many times the fastest)"))
+    checks = [
+        ("PASS" if row.ok else "FAIL", row.candidate, "-" if row.error is None else f"{row.error:.1e}") for row in rows
+    ]
+    times = []
+    for t in tokens:
+        timed = sorted((row for row in rows if t in row.ms), key=lambda row: row.ms[t])
+        for row in timed:
+            low, high = row.spread[t]
+            times.append(
+                (t, row.candidate, f"{row.ms[t]:.3f}", f"{row.ms[t] / timed[0].ms[t]:.2f}", f"{low:.3f}-{high:.3f}")
+            )
+    show: list[RenderableType] = [
+        facts(header),
+        table(("check", "combination", "error"), checks, title="against the reference runner"),
+        table(("tokens", "combination", "ms", "x best", "min-max"), times, title="one call, median of rounds"),
+    ]
     failed = [row for row in rows if row.detail]
     if failed:
         show.append(heading("problems"))

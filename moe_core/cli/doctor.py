@@ -55,7 +55,7 @@ def doctor() -> Report:
         heading(
             "dependencies (of backends for other devices too: missing ones matter only where you want that backend)"
         ),
-        outline(("state", "module", "version", "for"), [_dependency_row(d) for d in dependencies])
+        outline(("state", "module", "version"), _dependency_rows(dependencies))
         if dependencies
         else hanging("- none is declared"),
         heading("plugins' own checks"),
@@ -121,11 +121,20 @@ def _check_table(checks: list[dict[str, Any]]) -> list[RenderableType]:
     return [outline(("result", "plugin", "check"), rows)]
 
 
-def _dependency_row(row: dict[str, Any]) -> tuple[tuple[object, ...], list[str]]:
-    details = [f"- {row['problem']}"] if row["problem"] else []
-    if row["problem"] and row["hint"]:
-        details.append(f"-> {row['hint']}")
-    return (row["state"], row["module"], row["version"] or "-", row["for"]), details
+def _dependency_rows(dependencies: list[dict[str, Any]]) -> list[tuple[tuple[object, ...], list[str]]]:
+    """What several components need in the same way is said once."""
+    users: dict[tuple[str, str, str, str], list[str]] = {}
+    for d in dependencies:
+        key = (d["state"], d["module"], d["version"] or "-", f"{d['problem'] or ''}\0{d['hint'] or ''}")
+        users.setdefault(key, []).append(d["for"])
+    rows: list[tuple[tuple[object, ...], list[str]]] = []
+    for (state, module, version, why), names in users.items():
+        problem, _, hint = why.partition("\0")
+        details = [f"for {', '.join(names)}"]
+        if problem:
+            details += [f"- {problem}", *([f"-> {hint}"] if hint else [])]
+        rows.append(((state, module, version), details))
+    return rows
 
 
 def _forward_row(result: Forward) -> tuple[tuple[object, ...], list[str]]:

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from moe_core._version import __version__
-from moe_core.cli._report import Report, heading, outline, quiet_discovery, reports, table
+from moe_core.cli._report import Report, facts, heading, outline, quiet_discovery, reports, table
 from moe_core.errors import ConfigError, did_you_mean
 from moe_core.plugins import PluginRecord, PluginState
 from moe_core.registry import Registry, default_registry
@@ -71,6 +71,9 @@ def plugins(trace: str | None) -> Report:
             title="what they bring",
         )
     )
+    options = [(f"{c['name']}.{name}", what) for c in components for name, what in c["options"].items()]
+    if options:
+        show += [heading("options (Settings.options, see docs/reference.md)"), facts(options)]
     if registry.notes:
         show.append(heading("notes"))
         show += [Text(f"- {note}", overflow="fold") for note in registry.notes]
@@ -107,6 +110,7 @@ def _component(kind: str, spec: Component, registry: Registry) -> dict[str, Any]
         "priority": spec.priority,
         "devices": {device: list(archs) for device, archs in spec.support.devices.items()},
         "maturity": {arch: Maturity(level).value for arch, level in spec.maturity.items()},
+        "options": dict(getattr(spec, "options", {})),
     }
 
 

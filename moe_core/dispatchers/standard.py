@@ -64,6 +64,7 @@ class StandardDispatcher:
                 correction_bias=topk_output.correction_bias,
                 expert_map=self.expert_map,
                 expert_mask=self.expert_mask,
+                handle=self._handle(None, None, state) if self._touches else None,
             )
         ids, weights = topk_output.topk_ids, topk_output.topk_weights
         # -1 finds the table's last entry, and so does the sink id: both are "dropped".
@@ -74,8 +75,13 @@ class StandardDispatcher:
             weights.to(torch.float32),
             expert_map=self.expert_map,
             expert_mask=self.expert_mask,
-            handle=(topk_output.topk_ids, weights) if self._weigh else None,
+            handle=self._handle(topk_output.topk_ids, weights, state) if self._touches else None,
         )
+
+    def _handle(self, ids: Tensor | None, weights: Tensor | None, state: RunningState) -> tuple[Any, ...]:
+        """What `combine` needs. It takes the output tensor along: the runner's result is not yet the layer's."""
+        output, state.output = state.output, None
+        return ids, weights, output
 
     def combine(self, combine_input: StandardCombineInput, state: RunningState) -> Tensor:
         """The experts' result, after the steps that the terms give to the dispatcher."""
@@ -83,10 +89,10 @@ class StandardDispatcher:
         return self._finish(result, combine_input.handle) if self._touches else result
 
     def _finish(self, result: Tensor, handle: Any) -> Tensor:
+        ids, weights, output = handle
         if self._weigh or self._sum:
             dtype, slots = result.dtype, result.to(torch.float32)
             if self._weigh:
-                ids, weights = handle
                 # A dropped slot contributes exactly zero, whatever its weight and its row hold.
                 live = (ids >= 0) & (ids < self._num_experts)  # -1 and the sink alike
                 slots = torch.where(live[..., None], slots, 0.0) * torch.where(live, weights.float(), 0.0)[..., None]
@@ -95,7 +101,7 @@ class StandardDispatcher:
             result = result * self._scale
         if self._group is not None:
             torch.distributed.all_reduce(result, group=self._group)
-        return result
+        return result if output is None else output.copy_(result)
 
 
 def _id_table(binding: Binding) -> Tensor | None:

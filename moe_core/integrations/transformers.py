@@ -17,6 +17,7 @@ or into an inference tensor, nor, inside a compiled graph, any change at all: ca
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from dataclasses import dataclass
 from typing import Any, Final
@@ -26,18 +27,12 @@ from torch import Tensor, nn
 
 from moe_core.api import plan as make_plan
 from moe_core.binding import MoePlan
-from moe_core.config import MoeConfig, ParallelConfig
 from moe_core.errors import BindError, ConfigError, ContractViolation, LayoutMismatch, WeightError
-from moe_core.integrations._gates import read_gate
-from moe_core.quant import builtin_scheme
+from moe_core.integrations._modules import is_plain, read_layer, read_sources, read_weights
 from moe_core.topk import TopKOutput
-from moe_core.weights import CanonicalWeights, canonical_gate_up
 
 NAME: Final = "moe_core"
 _CACHE: Final = "_moe_core_plan"
-_E4M3: Final = torch.float8_e4m3fn
-_PLAIN: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_SCHEME_BLOCK: Final = (128, 128)
 
 
 def register(name: str = NAME, **plan_options: Any) -> None:
@@ -116,12 +111,19 @@ class _Origin:
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Origin:
-        version = -1 if tensor.is_inference() else tensor._version
-        return cls(weakref.ref(tensor.untyped_storage()), tensor.data_ptr(), version, tensor.shape)
+        return cls(weakref.ref(tensor.untyped_storage()), tensor.data_ptr(), _version(tensor), tensor.shape)
 
-    def is_same_tensor(self, other: _Origin) -> bool:
-        """The same memory, whatever was written into it."""
-        return self.storage() is other.storage() and self.address == other.address and self.shape == other.shape
+    def is_memory_of(self, tensor: Tensor) -> bool:
+        """Whether `tensor` lies where it lay, whatever was written into it."""
+        return (
+            self.storage() is tensor.untyped_storage()
+            and self.address == tensor.data_ptr()
+            and self.shape == tensor.shape
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 class _Cached:
@@ -146,140 +148,59 @@ class _Cached:
 
 def _cached(module: nn.Module, dtype: torch.dtype, top_k: int, options: dict[str, Any]) -> _Cached:
     cached: _Cached | None = module.__dict__.get(_CACHE)
-    if torch.compiler.is_compiling():
-        if cached is None:
-            # A compiler shows the message of a built-in exception only. Without fullgraph it runs this layer eagerly.
-            raise RuntimeError(
-                "a moe_core layer was compiled before it had a plan: run the model once before "
-                "torch.compile(fullgraph=True), so that its weights are converted outside the graph"
+    if cached is not None:
+        if torch.compiler.is_compiling():
+            return cached
+        sources, origins = read_sources(module), cached.origins
+        if (
+            cached.problem == (top_k, dtype, options)
+            and sources.keys() == origins.keys()
+            and all(origins[role].is_memory_of(tensor) for role, tensor in sources.items())
+            and (
+                all(origins[role].version == _version(tensor) for role, tensor in sources.items())
+                or _update(cached, module, sources)
             )
-        return cached
-    problem = (top_k, dtype, options)
-    sources = _sources(module)
-    origins = {role: _Origin.of(tensor) for role, tensor in sources.items()}
-    if cached is not None and cached.problem == problem and cached.origins.keys() == origins.keys():
-        pairs = [(origin, origins[role]) for role, origin in cached.origins.items()]
-        if all(old.is_same_tensor(new) for old, new in pairs):
-            if all(old.version == new.version for old, new in pairs):
-                return cached
-            if _update(cached.plan, module, sources):
-                # Read again: a runner that keeps views of the weights has just written into them.
-                cached.origins = {role: _Origin.of(tensor) for role, tensor in sources.items()}
-                return cached
+        ):
+            return cached
+    return _make(module, dtype, top_k, options)  # type: ignore[no-any-return]
+
+
+# What a person reads who compiles a model that has not run yet; torch 2.6 knows no reasons.
+_WHY_NOT_TRACED: Final = "run the model once before torch.compile(fullgraph=True): moe_core converts its weights then"
+_outside_graphs: Final = (
+    torch.compiler.disable(reason=_WHY_NOT_TRACED)  # type: ignore[no-untyped-call]
+    if "reason" in inspect.signature(torch.compiler.disable).parameters
+    else torch.compiler.disable
+)
+
+
+@_outside_graphs  # type: ignore[untyped-decorator]
+def _make(module: nn.Module, dtype: torch.dtype, top_k: int, options: dict[str, Any]) -> _Cached:
     # The old plan goes first: its weights and the new ones need not be in memory together.
     module.__dict__.pop(_CACHE, None)
-    del cached
+    sources, problem = read_sources(module), (top_k, dtype, options)
+    origins = {role: _Origin.of(tensor) for role, tensor in sources.items()}
     # A plan made inside inference_mode() must still be usable, and updatable, outside.
     with torch.inference_mode(False), torch.no_grad():
-        weights = _canonical(module, sources)
+        weights = read_weights(module, sources)
         # Plain weights say in which dtype the layer computes; quantized ones leave it to the tokens.
-        dtype = weights.w13.dtype if _is_plain(weights.w13) else dtype
-        config, parallel = _layer(module, weights, top_k, dtype)
+        dtype = weights.w13.dtype if is_plain(weights.w13) else dtype
+        config, parallel = read_layer(module, weights, top_k, dtype)
         plan = make_plan(config, weights, parallel, **options)
     result = _Cached(plan, dtype, weights.w13.shape[0], problem, origins)
     module.__dict__[_CACHE] = result
     return result
 
 
-def _update(plan: MoePlan, module: nn.Module, sources: dict[str, Tensor]) -> bool:
+def _update(cached: _Cached, module: nn.Module, sources: dict[str, Tensor]) -> bool:
     """Bring new values into a plan; False if its runner cannot."""
     try:
         with torch.inference_mode(False), torch.no_grad():
-            plan.update_weights(_canonical(module, sources))
+            cached.plan.update_weights(read_weights(module, sources))
     except (LayoutMismatch, WeightError):
         raise
     except BindError:
         return False
+    # Read after the update: a runner that keeps views of the weights has just written into them.
+    cached.origins = {role: _Origin.of(tensor) for role, tensor in sources.items()}
     return True
-
-
-def _sources(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors that a plan is made from, by their role in CanonicalWeights."""
-    first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
-    names = {"w13": first, "w2": "down_proj"}
-    if getattr(module, "has_bias", False):
-        names |= {"w13_bias": f"{first}_bias", "w2_bias": "down_proj_bias"}
-    weight = getattr(module, first, None)
-    if isinstance(weight, Tensor) and not _is_plain(weight):
-        names |= {
-            "w13_scale": f"{first}_scale_inv",
-            "w2_scale": "down_proj_scale_inv",
-            "w13_input_scale": f"{first}_activation_scale",
-            "w2_input_scale": "down_proj_activation_scale",
-        }
-    found = {role: getattr(module, name, None) for role, name in names.items()}
-    tensors = {role: tensor.detach() for role, tensor in found.items() if isinstance(tensor, Tensor)}
-    missing = [names[role] for role in ("w13", "w2") if role not in tensors]
-    if missing:
-        raise ConfigError(
-            f"{type(module).__name__} has no {' and no '.join(missing)}, where experts classes keep their weights",
-            hint="use another experts_implementation for this model",
-        )
-    return tensors
-
-
-def _canonical(module: nn.Module, sources: dict[str, Tensor]) -> CanonicalWeights:
-    transposed = bool(getattr(module, "is_transposed", False))
-    gated = getattr(module, "has_gate", True)
-    interleaved = gated and not getattr(module, "is_concatenated", True)
-    result = dict(sources)
-    result["w13"] = canonical_gate_up(sources["w13"], interleaved=interleaved, transposed=transposed)
-    result["w2"] = canonical_gate_up(sources["w2"], transposed=transposed)
-    if "w13_bias" in sources:
-        result["w13_bias"] = canonical_gate_up(sources["w13_bias"], interleaved=interleaved)
-    for name in ("w13_scale", "w2_scale"):
-        if name in sources:
-            scale = sources[name].float()
-            result[name] = scale.contiguous() if _is_blockwise(module) else scale.flatten(1).contiguous()
-    return CanonicalWeights(**result)
-
-
-def _is_blockwise(module: nn.Module) -> bool:
-    return getattr(module, "block_size", None) is not None
-
-
-def _is_plain(weight: Tensor) -> bool:
-    return weight.dtype in _PLAIN
-
-
-def _layer(
-    module: nn.Module, weights: CanonicalWeights, top_k: int, dtype: torch.dtype
-) -> tuple[MoeConfig, ParallelConfig]:
-    """What the module computes on its own experts."""
-    if getattr(module, "has_post_expert_norm", False):
-        raise ConfigError(
-            f"{type(module).__name__} normalizes the experts' outputs (post_expert_norm), "
-            "which no moe_core layer expresses",
-            hint="use another experts_implementation for this model",
-        )
-    scheme, experts = _scheme(module, weights), weights.w13.shape[0]
-    # Under expert parallelism a token may choose more experts than live here. Their ids arrive as dropped slots, so any
-    # number of ranks that makes room for them describes the layer; this is the first one.
-    ranks = -(-top_k // experts)
-    config = MoeConfig(
-        num_experts=experts * ranks,
-        top_k=top_k,
-        hidden_size=weights.w2.shape[1],
-        intermediate_size=weights.w2.shape[2] * builtin_scheme(scheme).values_per_item,
-        dtype=str(dtype).removeprefix("torch."),
-        scheme=scheme,
-        activation=read_gate(module),
-        bias=weights.w13_bias is not None,
-    )
-    return config, ParallelConfig(ep_size=ranks, reduce="caller")
-
-
-def _scheme(module: nn.Module, weights: CanonicalWeights) -> str:
-    if _is_plain(weights.w13):
-        return "bf16"
-    dtype, block = weights.w13.dtype, getattr(module, "block_size", None)
-    if dtype is _E4M3 and weights.w13_scale is not None:
-        if block is None:
-            return "fp8_tensor"
-        if tuple(block) == _SCHEME_BLOCK:
-            return "fp8_block128"
-    raise ConfigError(
-        f"{type(module).__name__} stores its experts as {dtype} with blocks {block}, "
-        "which no quant scheme of moe_core describes",
-        hint="plain experts, and FP8 experts with one scale a tensor or a 128x128 block, are supported",
-    )

@@ -118,13 +118,17 @@ def _tokens(dispatched: object, terms: Terms) -> Tensor:
     hidden: Tensor = dispatched.hidden_states  # type: ignore[attr-defined]
     if terms.payload == "bf16":
         return hidden
-    scale = dispatched.hidden_scale  # type: ignore[attr-defined]
-    return dequantize_activation(hidden, scale, terms.payload)
+    scale: Tensor = dispatched.hidden_scale  # type: ignore[attr-defined]
+    if hidden.dim() == 2:
+        return dequantize_activation(hidden, scale, terms.payload)
+    rows = dequantize_activation(hidden.flatten(0, 1), scale.flatten(0, -2), terms.payload)
+    return rows.reshape(*hidden.shape[:2], -1)
 
 
 def pre_standard(binding: Binding) -> Callable[..., ReferenceInput]:
     """Pre-permute of the format `standard`."""
     terms = _terms(binding)
+    weighs = terms.runner_does(Step.ROUTER_WEIGHT)
 
     def pre(d: StandardDispatchOutput, q: ReferenceWeights, c: MoeConfig, s: RunningState) -> ReferenceInput:
         if d.topk_ids is None:
@@ -134,7 +138,8 @@ def pre_standard(binding: Binding) -> Callable[..., ReferenceInput]:
             padding = torch.arange(ids.shape[0], device=ids.device) >= d.num_valid
             ids = ids.masked_fill(padding[:, None], -1)
         s.private["reference.ids"], s.private["reference.weights"] = ids, d.topk_weights
-        return ReferenceInput(_tokens(d, terms), ids, d.topk_weights)
+        s.private["reference.handle"] = d.handle
+        return ReferenceInput(_tokens(d, terms), ids, d.topk_weights if weighs else None)
 
     return pre
 
@@ -155,7 +160,7 @@ def post_standard(binding: Binding) -> Callable[..., StandardCombineInput]:
         result = (out.sum(dim=1) if total else out).to(dtype)
         if s.output is not None:
             result = s.output.copy_(result)
-        return StandardCombineInput(result, s.private.get("reference.handle"))
+        return StandardCombineInput(result, s.private["reference.handle"])
 
     return post
 

@@ -118,7 +118,9 @@ class Case:
         paths: list[Any] = []
         for config in candidates(self.component.support, want, self.stage.registry.schemes, parallel):
             for name in names:
-                found = self.stage.ask(config, site.hardware, **self._settings(lane, name), parallel=parallel, **request)
+                found = self.stage.ask(
+                    config, site.hardware, **self._settings(lane, name), parallel=parallel, **request
+                )
                 if found.chosen is not None:
                     return name, config
                 reasons = [r for v in self.stage.verdicts(self.component, found) for r in v.reasons]
@@ -195,7 +197,9 @@ class Setup:
             **{"max_tokens": MAX_TOKENS, **self.request},
         )
 
-    def expected(self, layer: Layer, hidden: Tensor | None = None, topk: TopKOutput | None = None, **more: Any) -> Tensor:
+    def expected(
+        self, layer: Layer, hidden: Tensor | None = None, topk: TopKOutput | None = None, **more: Any
+    ) -> Tensor:
         """The float64 formula for `layer` (with other tokens or routing where they are given)."""
         from moe_core.testing.oracle import dense
 

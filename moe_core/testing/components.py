@@ -23,23 +23,6 @@ ACTIVATION_NAMES = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity", "s
 HOOK_NAMES = ("after_gate_up", "after_down")
 PLACEMENTS = ("linear", "round_robin", "map")
 ROUTING_PATTERNS = ("uniform", "one_hot", "skewed", "dropped", "duplicate")
-#: What `capability.refuses` asks for under a name that nobody can have declared, or beyond a declared limit.
-RUNNER_CATEGORIES = (
-    "device",
-    "scheme",
-    "dtype",
-    "activation",
-    "gated",
-    "limit",
-    "feature",
-    "hook",
-    "topk_format",
-    "graph_capture",
-    "ep_size",
-    "placement",
-    "sizes",
-)
-DISPATCHER_CATEGORIES = ("device", "topk_format", "graph_capture", "ep_size", "placement", "sizes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +135,9 @@ def parameters(each: str, component: Component, registry: Registry) -> Sequence[
         "profile": tuple(PROFILES),
         "form": ("gated", "plain"),
         "phase": tuple(str(p) for p in Phase),
-        "category": DISPATCHER_CATEGORIES if component.kind == "dispatcher" else RUNNER_CATEGORIES,
     }
+    if each == "category":
+        return refusable(component)
     if each in fixed:
         return fixed[each]
     if component.kind in ("adapter", "fused") and component.runner is None:
@@ -168,3 +152,29 @@ def parameters(each: str, component: Component, registry: Registry) -> Sequence[
     }
     known, more = declared[each]
     return [*known, *sorted(more - set(known))]
+
+
+def refusable(component: Component) -> list[str]:
+    """What `capability.refuses` can ask for: names that nobody declared, and values beyond a declared limit."""
+    support = component.support
+    computes = component.kind != "dispatcher"
+    sizes = (support.max_top_k, support.max_experts, support.max_tokens)
+    beyond = {
+        "device": "*" not in support.devices,
+        "scheme": computes,
+        "dtype": computes and not support.dtypes.issuperset(DTYPES),
+        "activation": computes,
+        "gated": computes and len(support.gated) < 2,
+        "limit": computes and not support.activation_limit,
+        "feature": computes,
+        "hook": computes,
+        "topk_format": True,
+        "graph_capture": support.graph_capture != frozenset(Phase),
+        "ep_size": support.ep_sizes != (1, None),
+        "placement": not support.placements.issuperset(PLACEMENTS),
+        "sizes": support.needs_max_tokens
+        or bool(support.hidden_sizes)
+        or max(support.hidden_multiple, support.intermediate_multiple) > 1
+        or any(limit is not None for limit in sizes),
+    }
+    return [name for name, possible in beyond.items() if possible]

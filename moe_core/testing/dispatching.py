@@ -30,7 +30,7 @@ _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz)
 class Handle:
     """What travels to `combine`. where: [T * K], the row of each slot, one past the last for a slot not computed here.
 
-    output: the caller's output tensor. It is taken out of the running state, since the runner's rows are not the result.
+    output: the caller's output tensor, taken out of the running state: the runner's rows are not the result.
     """
 
     where: Tensor
@@ -49,7 +49,6 @@ class _RowDispatcher:
         self._binding, self._terms = binding, binding.terms
         self._local = torch.cat([expert_map(binding).long(), torch.full((1,), -1, device=binding.device)])
         mine = {step for step, owner in self._terms.steps.items() if owner is Owner.DISPATCHER}
-        self._on_input = binding.config.router_weight_on_input
         self._weigh, self._sum = Step.ROUTER_WEIGHT in mine, Step.TOPK_SUM in mine
         self._scale = binding.config.routed_scaling_factor if Step.ROUTED_SCALING in mine else 1.0
         self._gives_weights = self._terms.runner_does(Step.ROUTER_WEIGHT)
@@ -59,12 +58,9 @@ class _RowDispatcher:
         """[T * K]: the local expert of each slot, -1 for those not computed here (the last entry of the table)."""
         return self._local[topk.topk_ids.reshape(-1).long()]
 
-    def _rows(self, hidden: Tensor, topk: TopKOutput, live: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _rows(self, hidden: Tensor, topk: TopKOutput) -> tuple[Tensor, Tensor | None]:
         """[T * K, H] tokens in the agreed payload, and their scales."""
         rows = hidden.repeat_interleave(topk.topk_ids.shape[1], dim=0)
-        if self._weigh and self._on_input:
-            weights = torch.where(live, topk.topk_weights.reshape(-1).float(), 0.0)
-            rows = (rows.float() * weights[:, None]).to(hidden.dtype)
         if self._terms.payload == "bf16":
             return rows, None
         data, scale = quantize_activation(rows, self._terms.payload)
@@ -95,7 +91,7 @@ class _RowDispatcher:
         live = handle.live.reshape(shape[:2])
         wide = torch.where(live[..., None], slots, 0.0)
         wide = wide if wide.dtype is torch.float64 else wide.float()
-        if self._weigh and not self._on_input:
+        if self._weigh:
             wide = wide * torch.where(live, handle.weights, 0.0)[..., None]
         wide = (wide.sum(dim=1) if self._sum else wide) * self._scale
         result = wide.to(rows.dtype)
@@ -112,7 +108,7 @@ class BatchedDispatcher(_RowDispatcher):
         count, live = self._binding.num_local_experts, experts >= 0
         m = -(-(experts.shape[0] + self._padding) // ALIGNMENT) * ALIGNMENT
         where = torch.where(live, experts * m + place, count * m)
-        data, scale = self._rows(hidden, topk, live)
+        data, scale = self._rows(hidden, topk)
         weights = self._row_weights(topk, where, count * m)
         return BatchedDispatchOutput(
             spread(data, where, count * m).reshape(count, m, -1),
@@ -145,7 +141,7 @@ class GroupedDispatcher(_RowDispatcher):
         extra = self._binding.num_local_experts * (self._padding + ALIGNMENT - 1)
         total = -(-(slots + extra) // ALIGNMENT) * ALIGNMENT + ALIGNMENT
         where = torch.where(live, offsets[experts.clamp(min=0)] + place, total)
-        data, scale = self._rows(hidden, topk, live)
+        data, scale = self._rows(hidden, topk)
         ids = torch.full((total + 1,), -1, dtype=torch.int32, device=experts.device)
         ids[where] = torch.arange(slots, dtype=torch.int32, device=experts.device)
         return GroupedDispatchOutput(

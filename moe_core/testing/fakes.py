@@ -78,12 +78,13 @@ def runner_like(
     registry: Registry | None = None,
     formats: Iterable[str] | None = None,
     adapter: Mapping[str, Any] | None = None,
+    fused: Mapping[str, Any] | None = None,
     **changes: Any,
-) -> dict[str, tuple[Any, ...]]:
+) -> dict[str, Any]:
     """Keywords of `fake_plugin` for a runner called `name` that is `base` in all but `changes`.
 
-    formats: keep only adapters and fused funcs of these. adapter: changes of all its adapters. Targets (`factory`,
-    `prepare`, `pre`, ...) may be callables. `support` may be a mapping of changes.
+    formats: keep only adapters and fused funcs of these. adapter, fused: changes of all its adapters, of all its fused
+    funcs. Targets (`factory`, `prepare`, `pre`, ...) may be callables; `support` and `wants` mappings of changes.
     """
     source = registry or Registry(autoload=False)
     spec = source.runner(base)
@@ -94,17 +95,17 @@ def runner_like(
         for (format_id, runner), found in source.adapters.items()
         if runner == base and format_id in kept
     ]
-    fused = [
-        replace(found, runner=name)
+    funcs = [
+        replace(found, runner=name, **_changes(found, fused or {}))
         for (format_id, runner), found in source.fused.items()
         if runner == base and format_id in kept
     ]
-    return {"runners": (new,), "adapters": tuple(adapters), "fused": tuple(fused)}
+    return {"runners": (new,), "adapters": tuple(adapters), "fused": tuple(funcs)}
 
 
 def dispatcher_like(
     base: str | DispatcherSpec, name: str, *, registry: Registry | None = None, **changes: Any
-) -> dict[str, tuple[Any, ...]]:
+) -> dict[str, Any]:
     """Keywords of `fake_plugin` for a dispatcher called `name` that is `base` in all but `changes`."""
     spec = base if isinstance(base, DispatcherSpec) else (registry or Registry(autoload=False)).dispatcher(base)
     return {"dispatchers": (replace(spec, name=name, **_changes(spec, changes)),)}
@@ -114,7 +115,9 @@ def _changes(spec: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
     result = {key: as_target(value) if callable(value) else value for key, value in changes.items()}
     for key, value in changes.items():
         if key in ("support", "wants") and isinstance(value, Mapping):
-            result[key] = replace(getattr(spec, key), **value)
+            given = getattr(spec, key)
+            many = isinstance(given, tuple)
+            result[key] = tuple(replace(w, **value) for w in given) if many else replace(given, **value)
     return result
 
 

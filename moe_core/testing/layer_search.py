@@ -82,7 +82,7 @@ def activations(support: Support, want: Search) -> Iterator[Activation]:
 def sizes(
     support: Support, scheme: QuantScheme, group_size: int | None, parallel: ParallelConfig | None
 ) -> Iterator[tuple[int, int]]:
-    """(hidden, intermediate) sizes: small, of different extent, with at least two scales along K where there are any."""
+    """(hidden, intermediate) sizes: small, unequal, with at least two scales along K where there are any."""
     layout = scheme.scale_layout(group_size)
     block = max(1, layout.columns) if layout is not None else 1
     rows = max(1, layout.rows) if layout is not None and layout.granularity == "block" else 1

@@ -94,5 +94,5 @@ def _linear(
     if scheme.activation is not None:
         x = roundtrip_activation(x.float(), scheme.activation, scale=part("_input_scale")).double()
     bias = part("_bias")
-    result = x @ matrix.double().t()
+    result: Tensor = x @ matrix.double().t()
     return result if bias is None else result + bias.double()

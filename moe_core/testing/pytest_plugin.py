@@ -68,4 +68,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if have < needed:
         pytest.skip(f"needs {needed} GPU{'s' if needed > 1 else ''}, torch sees {have}")
     if (wanted["nvidia"] is not None and hip) or (wanted["amd"] is not None and not hip):
-        pytest.skip(f"needs an {'AMD' if hip is False else 'NVIDIA'} GPU, this torch is built for {'ROCm' if hip else 'CUDA'}")
+        pytest.skip(
+            f"needs an {'AMD' if hip is False else 'NVIDIA'} GPU, this torch is built for {'ROCm' if hip else 'CUDA'}"
+        )

@@ -52,8 +52,8 @@ def demand(token: str) -> Demand:
     if kind == "hook":
         return Demand(what, "feature", lambda s: value in s.hooks, request={"hooks": {value}})
     if kind == "feature":
-        changes = {value: True} if value in LAYER_FEATURES else {}
-        request = {} if changes else {"features": {value}}
+        changes: dict[str, Any] = {value: True} if value in LAYER_FEATURES else {}
+        request: dict[str, Any] = {} if changes else {"features": {value}}
         return Demand(what, "feature", lambda s: value in s.features, changes, request)
     if kind == "topk":
         return Demand(what, "topk.format", lambda s: value in s.topk_formats, request={"topk_format": value})

@@ -55,9 +55,13 @@ def iter_checks(
 ) -> Iterator[CheckResult]:
     """`run_checks`, one result at a time."""
     checks = list_checks(plugin, registry=registry, device=device, expected_failures=expected_failures)
-    chosen = [c for c in checks if select is None or _selected(c, [select] if isinstance(select, str) else list(select))]
+    chosen = [
+        c for c in checks if select is None or _selected(c, [select] if isinstance(select, str) else list(select))
+    ]
     if not chosen:
-        raise ConfigError(f"no check of plugin {plugin!r} matches {select!r}", hint=did_you_mean(str(select), _groups(checks)))
+        raise ConfigError(
+            f"no check of plugin {plugin!r} matches {select!r}", hint=did_you_mean(str(select), _groups(checks))
+        )
     computing: list[CheckResult] = []
     for check in chosen:
         result = run_check(check, expected_failures)

@@ -44,6 +44,11 @@ def sentence(reasons: list[Reason] | tuple[Reason, ...]) -> str:
     return "; ".join(dict.fromkeys(f"{r.subject}: [{r.code}] {r.message}" for r in reasons)) or "no reason was given"
 
 
+def _registry(source: Registry, plugin: Any) -> Registry:
+    others = [r.plugin for r in source.records if r.plugin not in (None, plugin) and r.name != CORE]
+    return Registry(plugins=[*others, plugin], autoload=False, settings=Settings())
+
+
 @dataclass
 class Stage:
     """Shared by all checks of one run over one plugin. device: "cpu", "cuda", ..., None for the best each can use."""
@@ -57,13 +62,11 @@ class Stage:
     @cached_property
     def registry(self) -> Registry:
         """The plugins of `source`, and the kit's dispatchers."""
-        plugins = [r.plugin for r in self.source.records if r.plugin is not None and r.name != CORE]
-        return Registry(plugins=[*plugins, testing_plugin], autoload=False, settings=Settings())
+        return _registry(self.source, testing_plugin)
 
-    def with_plugin(self, plugin: Any, *, without: Any = None) -> Registry:
-        """`registry` and one plugin more (in place of another)."""
-        plugins = [r.plugin for r in self.registry.records if r.plugin is not None and r.name != CORE]
-        return Registry(plugins=[*(p for p in plugins if p is not without), plugin], autoload=False, settings=Settings())
+    def with_plugin(self, plugin: Any) -> Registry:
+        """`registry` and one plugin more."""
+        return _registry(self.registry, plugin)
 
     @cached_property
     def sites(self) -> list[Site]:

@@ -64,7 +64,9 @@ def loosened(tightened: Mapping[tuple[str, str], float]) -> list[str]:
         if dtype not in _DTYPES:
             problems.append(f"{dtype!r} is not a dtype of the table ({', '.join(_DTYPES)})")
         elif not 0 < value <= ceiling(dtype, scheme):
-            problems.append(f"{value:g} for {dtype} {scheme} is not in (0, {ceiling(dtype, scheme):g}], the kit's ceiling")
+            problems.append(
+                f"{value:g} for {dtype} {scheme} is not in (0, {ceiling(dtype, scheme):g}], the kit's ceiling"
+            )
     return problems
 
 

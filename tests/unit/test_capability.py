@@ -1,25 +1,18 @@
-"""Capabilities: architecture windows, requirements probed without an import, and all reasons at once."""
+"""Capabilities: architecture windows, what is not declared is refused, and all reasons at once."""
 
 from __future__ import annotations
 
-import ast
-import subprocess
-import sys
 from dataclasses import replace
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moe_core.capability import REASON_CODES, Reason, Requires, Support, arch_matches, arch_number
+from moe_core.capability import Reason, Requires, Support, arch_matches, arch_number
 from moe_core.config import Activation, MoeConfig, ParallelConfig
 from moe_core.errors import SpecError
 from moe_core.hardware import profile
 from moe_core.request import PlanRequest
 from moe_core.vocabulary import TOPK_BYPASSED, Phase
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -71,106 +64,6 @@ def test_an_architecture_lies_in_a_window(arch: str, window: str, expected: bool
 )
 def test_architectures_are_numbered_within_their_family(arch: str, number: tuple[str, int] | None) -> None:
     assert arch_number(arch) == number
-
-
-def why_not(requirement: Requires) -> str | None:
-    reasons = requirement.why_not("runner:acme")
-    assert len(reasons) <= 1
-    return reasons[0].code if reasons else None
-
-
-def install(folder: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-
-
-EXPLODES = "raise SystemError('a probe must not import this')\n"
-
-
-@pytest.fixture
-def vendor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`vendor_x` 1.5, which cannot be imported, and a bare folder `vendor_bare`."""
-    install(
-        tmp_path,
-        {
-            "vendor_x/__init__.py": EXPLODES,
-            "vendor_x/kernels/__init__.py": EXPLODES,
-            "vendor_x/kernels/moe.py": EXPLODES,
-            "vendor_x/data/deep.py": EXPLODES,  # the folder between has no __init__.py
-            "vendor_x-1.5.dist-info/METADATA": "Metadata-Version: 2.1\nName: vendor-x\nVersion: 1.5\n",
-            "vendor_bare/notes.txt": "no package\n",
-            "vendor_single.py": EXPLODES,
-        },
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("requirement", "code"),
-    [
-        (Requires(module="vendor_x"), None),
-        (Requires(module="vendor_x", submodule="kernels"), None),
-        (Requires(module="vendor_x", submodule="kernels.moe"), None),
-        (Requires(module="vendor_x", submodule="data.deep"), None),
-        (Requires(module="vendor_single"), None),
-        (Requires(module="vendor_nowhere"), "dep.missing"),
-        (Requires(module="vendor_bare"), "dep.namespace"),
-        (Requires(module="vendor_bare", submodule="kernels"), "dep.namespace"),
-        (Requires(module="vendor_x", submodule="fused"), "dep.impostor"),
-        (Requires(module="vendor_x", submodule="kernels.fused"), "dep.impostor"),
-        (Requires(module="vendor_x", submodule="kernels.moe.deeper"), "dep.impostor"),
-        (Requires(module="vendor_single", submodule="kernels"), "dep.impostor"),
-        (Requires(module="vendor_x", min_version="1.5"), None),
-        (Requires(module="vendor_x", min_version="1.10"), "dep.version"),  # 1.10 > 1.5, though not as text
-        (Requires(module="vendor_x", distribution="vendor-x", min_version="2"), "dep.version"),
-        (Requires(module="vendor_single", min_version="9"), None),  # no distribution to ask: found is enough
-    ],
-)
-def test_requirements_are_probed_without_importing_them(vendor: Path, requirement: Requires, code: str | None) -> None:
-    before = set(sys.modules)
-    assert why_not(requirement) == code
-    assert not {m for m in set(sys.modules) - before if m.startswith("vendor")}
-
-
-def test_a_requirement_says_what_is_needed_what_was_found_and_what_to_do(vendor: Path) -> None:
-    (reason,) = Requires(module="vendor_x", min_version="2.0", hint="pip install vendor-x").why_not("runner:acme")
-    assert reason.subject == "runner:acme"
-    assert (reason.needed, reason.found, reason.hint) == ("vendor_x>=2.0", "1.5", "pip install vendor-x")
-    assert str(reason) == "[dep.version] 'vendor_x' is 1.5, older than 2.0  -> pip install vendor-x"
-    (bare,) = Requires(module="vendor_bare").why_not("runner:acme")
-    assert str(vendor / "vendor_bare") in bare.message
-    (impostor,) = Requires(module="vendor_x", submodule="kernels.fused").why_not("runner:acme")
-    assert "has no 'vendor_x.kernels.fused'" in impostor.message
-
-
-def test_an_unreadable_version_is_too_old(vendor: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_core._metadata.version", lambda name: "git-abcdef")
-    (reason,) = Requires(module="vendor_x", min_version="1").why_not("s")
-    assert (reason.code, reason.found) == ("dep.version", "git-abcdef")
-
-
-def test_a_module_without_a_spec_is_missing_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in = type(sys)("vendor_ghost")
-    stand_in.__spec__ = None
-    monkeypatch.setitem(sys.modules, "vendor_ghost", stand_in)
-    assert why_not(Requires(module="vendor_ghost")) == "dep.missing"
-
-
-def test_a_dotted_module_is_refused_since_finding_it_would_import_its_parent() -> None:
-    with pytest.raises(SpecError, match=r"(?s)Requires.module is 'a.b'.*submodule="):
-        Requires(module="a.b")
-
-
-def test_asking_for_torch_does_not_import_it() -> None:
-    code = (
-        "import sys\nfrom moe_core.capability import Requires\n"
-        f"assert not Requires(module='torch', submodule='nn.functional', min_version={version('torch')!r}).why_not('s')\n"
-        "assert not any(m == 'torch' or m.startswith('torch.') for m in sys.modules), 'torch was imported'\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_support_without_a_device_is_refused() -> None:
@@ -341,52 +234,6 @@ def test_why_not_gives_all_reasons_at_once() -> None:
             *["feature.host_sync"] * 2,
         ]
     )
-
-
-def literals_that_look_like_codes() -> set[str]:
-    """The code of every `Reason(...)` in the core and the plugins, and of `return "code", ...` in the probe."""
-    found: set[str] = set()
-    sources = [*(ROOT / "moe_core").rglob("*.py"), *(ROOT / "plugins").glob("*/src/**/*.py")]
-    prefixes = {code.split(".")[0] for code in REASON_CODES if "." in code}
-    for path in sources:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "Reason" and len(node.args) > 1:
-                code = node.args[1]
-                if isinstance(code, ast.Constant) and isinstance(code.value, str):
-                    found.add(code.value)
-            elif isinstance(node, ast.Tuple):
-                words = [e.value for e in node.elts if isinstance(e, ast.Constant) and isinstance(e.value, str)]
-                found |= {w for w in words if w.split(".")[0] in prefixes and "." in w and w.replace(".", "").isalpha()}
-    return found | {
-        node.args[0].value
-        for path in sources
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call)
-        and getattr(node.func, "id", None) == "first"
-        and node.args
-        and isinstance(node.args[0], ast.Constant)
-    }
-
-
-def test_every_code_in_use_is_documented() -> None:
-    used = literals_that_look_like_codes()
-    assert {"dep.missing", "contract.payload", "step.twice", "device.arch", "shape.hidden"} <= used
-    assert used - set(REASON_CODES) == set()
-
-
-def test_every_documented_code_is_in_use() -> None:
-    """A code that nothing gives is a promise that nobody keeps."""
-    text = "".join(
-        path.read_text(encoding="utf-8")
-        for path in [*(ROOT / "moe_core").rglob("*.py"), *(ROOT / "plugins").glob("*/src/**/*.py")]
-        if path.name != "capability.py"
-    )
-    probe = (ROOT / "moe_core" / "capability.py").read_text(encoding="utf-8").split("class Requires")[1]
-    assert {code for code in REASON_CODES if f'"{code}"' not in text + probe} == set()
-
-
-def test_codes_are_explained_in_a_line_each() -> None:
-    assert all(text and "\n" not in text for text in REASON_CODES.values())
 
 
 def test_a_reason_is_json() -> None:

@@ -1,39 +1,30 @@
 """All checks of the kit. Importing this registers them, in the order in which they are listed and made."""
 
-from moe_core.testing.checks import (
-    capability,
-    contract,
-    coverage,
-    dispatch,
-    dispatch_state,
-    graph,
-    hooks,
-    hygiene,
-    numerics,
-    options,
-    overhead,
-    parallel,
-    rows,
-    specs,
-    state,
-    weights,
-)  # isort: skip
+from __future__ import annotations
 
-__all__ = [
-    "capability",
-    "contract",
-    "coverage",
-    "dispatch",
-    "dispatch_state",
-    "graph",
-    "hooks",
+import importlib
+from typing import Final
+
+MODULES: Final = (
     "hygiene",
+    "specs",
+    "capability",
+    "coverage",
+    "contract",
+    "rows",
+    "payloads",
+    "state",
     "numerics",
     "options",
-    "overhead",
     "parallel",
-    "rows",
-    "specs",
-    "state",
+    "hooks",
     "weights",
-]
+    "graph",
+    "overhead",
+    "dispatch",
+    "dispatch_terms",
+    "dispatch_state",
+)
+
+for _name in MODULES:
+    importlib.import_module(f"{__name__}.{_name}")

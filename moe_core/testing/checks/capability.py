@@ -6,12 +6,12 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from moe_core.capability import REASON_CODES
-from moe_core.config import DTYPES, Activation, ParallelConfig
+from moe_core.capability import REASON_CODES, Support
+from moe_core.config import DTYPES, ParallelConfig
 from moe_core.hardware import PROFILES, HardwareInfo
 from moe_core.testing.case import Case
 from moe_core.testing.refusals import Demand, demand, refused
-from moe_core.testing.registration import DECLARING, CheckFailed, CheckSkipped, Refused, check
+from moe_core.testing.registration import DECLARING, CheckFailed, Refused, check
 from moe_core.testing.stage import any_config
 from moe_core.vocabulary import Phase
 
@@ -27,7 +27,9 @@ def hardware(case: Case) -> None:
     for reason in verdict.reasons:
         own = plugin is not None and reason.code.startswith(f"{plugin.name}.")
         if reason.code not in REASON_CODES and not own:
-            raise CheckFailed(f"the reason code {reason.code!r} is neither the core's nor prefixed with the plugin's name")
+            raise CheckFailed(
+                f"the reason code {reason.code!r} is neither the core's nor prefixed with the plugin's name"
+            )
         if not reason.message.strip() or reason.code == "probe.failed":
             raise CheckFailed(f"the reason {reason.code} says: {reason.message!r}")
 
@@ -53,67 +55,53 @@ def pure(case: Case) -> None:
 
 
 @check("capability.refuses", kind=DECLARING, each="category")
-def refuses(case: Case) -> Refused | None:
-    """A request beyond what is declared (an unknown name, a size or count out of range) is refused with the right code."""
+def refuses(case: Case) -> Refused:
+    """A request beyond what is declared (an unknown name, a size out of range) is refused with the right code."""
     support, kind = case.component.support, case.param
-    if kind in ("ep_size", "placement", "sizes"):
-        return _refuses_layout(case, kind)
+    layer = any_config(case.component)
+    if kind in ("ep_size", "placement"):
+        return _refuses_ranks(case, kind)
+    if kind == "sizes":
+        return _refuses_sizes(case)
     if kind == "device":
-        if "*" in support.devices:
-            raise CheckSkipped("it declares every device")
-        wanted = Demand("an unknown device", "device.type", lambda s: False)
-        return refused(case, wanted, hardware=HardwareInfo(device_type=_NOBODY, arch=_NOBODY, product="nothing"))
+        nowhere = HardwareInfo(device_type=_NOBODY, arch=_NOBODY, product="nothing")
+        return refused(case, Demand("an unknown device", "device.type", _never), hardware=nowhere)
     if kind == "dtype":
-        undeclared = [name for name in DTYPES if name not in support.dtypes]
-        if not undeclared:
-            raise CheckSkipped("it declares every dtype")
-        return refused(case, demand(f"dtype:{undeclared[0]}"))
-    if kind in ("gated", "limit", "graph_capture"):
-        declared = {
-            "gated": len(support.gated) == 2,
-            "limit": support.activation_limit,
-            "graph_capture": support.graph_capture == frozenset(Phase),
-        }
-        if declared[kind]:
-            raise CheckSkipped("it declares all of it")
-        token = {
-            "gated": f"form:{'plain' if True in support.gated else 'gated'}",
-            "limit": "limit:",
-            "graph_capture": f"graph:{min(frozenset(Phase) - support.graph_capture, default=Phase.DECODE)}",
-        }
-        wanted = demand(token[kind])
-        if kind == "limit":
-            layer = any_config(case.component)
-            wanted = replace(wanted, config={"activation": replace(layer.activation, limit=1.0)})
-        elif kind == "gated":
-            layer = any_config(case.component)
-            wanted = replace(wanted, config={"activation": Activation(name=layer.activation.name, gated=False)})
-            if True not in support.gated:
-                wanted = replace(wanted, config={"activation": Activation(name=layer.activation.name)})
-        return refused(case, wanted)
+        return refused(case, demand(f"dtype:{min(set(DTYPES) - support.dtypes)}"))
+    if kind == "gated":
+        form = replace(layer.activation, gated=not layer.activation.gated)
+        wanted = demand("form:gated" if form.gated else "form:plain")
+        return refused(case, replace(wanted, config={"activation": form}))
+    if kind == "limit":
+        clamped = replace(layer.activation, limit=1.0)
+        return refused(case, replace(demand("limit:"), config={"activation": clamped}))
+    if kind == "graph_capture":
+        return refused(case, demand(f"graph:{min(frozenset(Phase) - support.graph_capture)}"))
     return refused(case, demand(f"{'topk' if kind == 'topk_format' else kind}:{_NOBODY}"))
 
 
-def _refuses_layout(case: Case, kind: str) -> Refused:
-    support = case.component.support
-    config = any_config(case.component)
+def _never(support: Support) -> bool:
+    return False
+
+
+def _refuses_ranks(case: Case, kind: str) -> Refused:
+    support, config = case.component.support, any_config(case.component)
     if kind == "ep_size":
         low, high = support.ep_sizes
-        size = high + 1 if high is not None else low - 1
-        if not 1 <= size <= 64:
-            raise CheckSkipped("it declares every EP size")
-        wanted = Demand(f"ep_size {size}", "parallel.ep", lambda s: False, {"num_experts": max(size, config.num_experts)})
+        size = low - 1 if low > 1 else (high or 0) + 1
+        wanted = Demand(f"ep_size {size}", "parallel.ep", _never, {"num_experts": max(size, config.num_experts)})
         return refused(case, wanted, parallel=ParallelConfig(ep_size=size))
-    if kind == "placement":
-        undeclared = sorted({"linear", "round_robin", "map"} - support.placements)
-        if not undeclared:
-            raise CheckSkipped("it declares every placement")
-        size = max(2, support.ep_sizes[0])
-        experts = max(size, config.num_experts)
-        owners = tuple(e * size // experts for e in range(experts))
-        placement = owners if undeclared[0] == "map" else undeclared[0]
-        wanted = Demand(f"placement {undeclared[0]}", "parallel.placement", lambda s: False, {"num_experts": experts})
-        return refused(case, wanted, parallel=ParallelConfig(ep_size=size, placement=placement))
+    undeclared = min({"linear", "round_robin", "map"} - support.placements)
+    size = max(2, support.ep_sizes[0])
+    experts = max(size, config.num_experts)
+    owners = tuple(e * size // experts for e in range(experts))
+    placement = owners if undeclared == "map" else undeclared
+    wanted = Demand(f"placement {undeclared}", "parallel.placement", _never, {"num_experts": experts})
+    return refused(case, wanted, parallel=ParallelConfig(ep_size=size, placement=placement))
+
+
+def _refuses_sizes(case: Case) -> Refused:
+    support, config = case.component.support, any_config(case.component)
     limits: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
     if support.hidden_multiple > 1 or support.hidden_sizes:
         limits.append(("shape.hidden", {"hidden_size": config.hidden_size + 1}, {}))
@@ -131,5 +119,5 @@ def _refuses_layout(case: Case, kind: str) -> Refused:
     if not limits:
         raise CheckSkipped("it declares no limit of sizes")
     for code, changes, request in limits:
-        refused(case, Demand(f"{changes or request}", code, lambda s: False, changes), **request)
+        refused(case, Demand(f"{changes or request}", code, _never, changes), **request)
     return Refused(f"sizes beyond the declared ones are refused with {', '.join(code for code, _, _ in limits)}")

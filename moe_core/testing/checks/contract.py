@@ -162,7 +162,9 @@ def output(case: Case) -> None:
     layer = setup.layer()
     result = setup.plan(layer.weights)(layer.hidden, layer.topk)
     if result.shape != layer.hidden.shape or result.dtype != layer.hidden.dtype:
-        raise CheckFailed(f"got {result.dtype} {tuple(result.shape)}, not {layer.hidden.dtype} {tuple(layer.hidden.shape)}")
+        raise CheckFailed(
+            f"got {result.dtype} {tuple(result.shape)}, not {layer.hidden.dtype} {tuple(layer.hidden.shape)}"
+        )
     if result.device != layer.hidden.device or not result.is_contiguous():
         raise CheckFailed(f"got a result on {result.device} with strides {result.stride()}")
     if result.data_ptr() == layer.hidden.data_ptr():

@@ -100,7 +100,7 @@ def light_import(case: Case) -> None:
 
 @check("hygiene.light_explain", kind="plugin")
 def light_explain(case: Case) -> None:
-    """Collecting the specs and explaining a layer on every hardware profile imports neither torch nor a vendor package."""
+    """Collecting the specs and explaining a layer on every profile imports neither torch nor a vendor package."""
     _, after_explain, collected = _probe(case)
     if not collected:
         raise CheckSkipped("the plugin object was made in code and cannot be made again in a fresh interpreter")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from moe_core.testing.case import Case
 from moe_core.testing.checks.numerics import verify
 from moe_core.testing.registration import CheckFailed, CheckSkipped, check
+from moe_core.topk import TopKOutput
 from moe_core.vocabulary import Step
 
 
@@ -51,28 +54,47 @@ def routed_scaling(case: Case) -> None:
         verify(setup, 27, pattern="dropped")
 
 
-@check("numerics.steps_by_dispatcher", needs="run")
-def steps_by_dispatcher(case: Case) -> None:
-    """The runner's side does the steps that the terms give it and no others: router weight, scaling and sum.
-
-    A step that the caller has done already is done by nobody else.
-    """
+@check("numerics.steps_of_others", needs="run")
+def steps_of_others(case: Case) -> None:
+    """A step that the caller does is done by nobody else: neither the router weight nor the scaling comes twice."""
     skipped: list[str] = []
+    made = 0
     for lane in case.lanes():
         for done in (Step.ROUTER_WEIGHT, Step.ROUTED_SCALING):
             try:
                 setup = case.setup(lane, routed_scaling_factor=2.0, request={"caller_does": {done}})
             except CheckSkipped as error:
-                skipped.append(str(error))  # it always does this step, and says so
+                skipped.append(str(error))  # the kernel always does this step, and its terms say so
                 continue
-            layer = setup.layer(28, pattern="uniform")
+            layer = setup.layer(28)
             result = setup.plan(layer.weights)(layer.hidden, layer.topk)
+            ids, weights = layer.topk.topk_ids, layer.topk.topk_weights
             if done is Step.ROUTER_WEIGHT:
-                plain = type(layer.topk)(layer.topk.topk_ids, layer.topk.topk_weights.new_ones(()).expand(24 - 8, -1))
-                expected = setup.expected(layer, topk=plain)
+                expected = setup.expected(layer, topk=TopKOutput(ids, torch.ones_like(weights)))
             else:
-                expected = setup.expected(layer) / 2.0
+                expected = setup.expected(layer) / setup.config.routed_scaling_factor
             setup.close(result, expected, f"the result where the caller does {done.value}")
-            skipped = []
-    if skipped:
-        raise CheckSkipped("; ".join(skipped))
+            made += 1
+    if "router_weight_on_input" in case.component.support.features:
+        made += _weighted_input(case, skipped)
+    if not made:
+        raise CheckSkipped("; ".join(dict.fromkeys(skipped)))
+
+
+def _weighted_input(case: Case, skipped: list[str]) -> int:
+    """Tokens that come in weighted (one expert each): the runner must not weight them again."""
+    made = 0
+    for lane in case.lanes("router_weight_on_input"):
+        request = {"caller_does": {Step.ROUTER_WEIGHT}}
+        try:
+            setup = case.setup(lane, router_weight_on_input=True, top_k=1, request=request)
+        except CheckSkipped as error:
+            skipped.append(str(error))
+            continue
+        layer = setup.layer(29)
+        plain = TopKOutput(layer.topk.topk_ids, torch.ones_like(layer.topk.topk_weights))
+        other = TopKOutput(layer.topk.topk_ids, torch.full_like(layer.topk.topk_weights, 0.5))
+        result = setup.plan(layer.weights)(layer.hidden, other)
+        setup.close(result, setup.expected(layer, topk=plain), "the result where the caller has weighted the tokens")
+        made += 1
+    return made

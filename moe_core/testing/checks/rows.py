@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moe_core.protocols import RunningState
-from moe_core.testing.case import Case, Setup
+from moe_core.testing.case import Case
 from moe_core.testing.dispatching import spread
 from moe_core.testing.registration import CheckFailed, CheckSkipped, check
 from moe_core.vocabulary import BATCHED, GROUPED, STANDARD
@@ -45,7 +45,7 @@ def only_padding(case: Case) -> None:
 
 @check("contract.padding_is_not_counted", each="lane", needs="run")
 def more_padding(case: Case) -> None:
-    """How many padding rows there are changes nothing, and the runner does not write into the rows that it was given."""
+    """How many padding rows there are changes nothing, and the runner does not write into the rows that it got."""
     lane = case.lane
     if lane.format not in (STANDARD, BATCHED, GROUPED):
         raise CheckSkipped(f"the kit has no dispatcher for the format {lane.format!r}")
@@ -56,64 +56,45 @@ def more_padding(case: Case) -> None:
     for extra in (0, 40):
         state = RunningState()
         given = plan.dispatcher.dispatch(layer.hidden, layer.topk, state)
-        given = _pad(given, extra, setup)
-        before = given.hidden_states.clone()
-        result = plan.dispatcher.combine(_trim(plan.run(given, state), given), state)
-        setup.close(result, expected, f"the result with {extra} more padding rows")
-        if not torch.equal(_bits(before), _bits(given.hidden_states)):
+        padded = _pad(given, extra)
+        before = padded.hidden_states.clone()
+        ran = plan.run(padded, state)
+        if not torch.equal(_bits(before), _bits(padded.hidden_states)):
             raise CheckFailed("the runner wrote into the rows of the dispatch output")
+        if lane.format == BATCHED:
+            # The dispatcher's own M again; in the other formats it finds its rows at the start.
+            ran = replace(ran, hidden_states=ran.hidden_states[:, : given.hidden_states.shape[1]].contiguous())
+        setup.close(plan.dispatcher.combine(ran, state), expected, f"the result with {extra} more padding rows")
 
 
 def _bits(rows: torch.Tensor) -> torch.Tensor:
     return rows.contiguous().view(torch.uint8)
 
 
-def _pad(given: Any, extra: int, setup: Setup) -> Any:
+def _pad(given: Any, extra: int) -> Any:
     """The same dispatch output with more rows of garbage."""
     if extra == 0 or given.hidden_scale is not None:
         return given
-
-    def longer(rows: torch.Tensor | None, axis: int = 0) -> torch.Tensor | None:
-        if rows is None:
-            return None
-        flat = rows.reshape(rows.shape[0], -1) if axis == 0 else rows.reshape(-1, rows.shape[-1])
-        if axis == 0:
-            where = torch.arange(rows.shape[0], device=rows.device)
-            return spread(flat, where, rows.shape[0] + extra).reshape(-1, *rows.shape[1:])
-        return torch.stack([_longer_rows(part, extra) for part in rows])
-
-    if setup.lane.format == STANDARD:
+    if given.format == STANDARD:
+        names = ("hidden_states", "topk_ids", "topk_weights")
+        return replace(given, **{name: _longer(getattr(given, name), extra) for name in names})
+    if given.format == BATCHED:
+        weights = given.row_weights
         return replace(
             given,
-            hidden_states=longer(given.hidden_states),
-            topk_ids=longer(given.topk_ids),
-            topk_weights=longer(given.topk_weights),
-        )
-    if setup.lane.format == BATCHED:
-        return replace(
-            given, hidden_states=longer(given.hidden_states, 1), row_weights=longer(given.row_weights, 1)
+            hidden_states=torch.stack([_longer(part, extra) for part in given.hidden_states]),
+            row_weights=None if weights is None else torch.stack([_longer(part, extra) for part in weights]),
         )
     padding = torch.full((extra,), -1, dtype=torch.int32, device=given.hidden_states.device)
     return replace(
         given,
-        hidden_states=longer(given.hidden_states),
-        row_weights=longer(given.row_weights),
+        hidden_states=_longer(given.hidden_states, extra),
+        row_weights=None if given.row_weights is None else _longer(given.row_weights, extra),
         row_ids=torch.cat([given.row_ids, padding]),
     )
 
 
-def _longer_rows(rows: torch.Tensor, extra: int) -> torch.Tensor:
+def _longer(rows: torch.Tensor, extra: int) -> torch.Tensor:
     where = torch.arange(rows.shape[0], device=rows.device)
     flat = rows.reshape(rows.shape[0], -1)
     return spread(flat, where, rows.shape[0] + extra).reshape(-1, *rows.shape[1:])
-
-
-def _trim(combine: Any, given: Any) -> Any:
-    """`batched` rows must have the dispatcher's own M again; the other formats ignore rows at the end."""
-    if given.format != BATCHED:
-        return combine
-    m = given.handle.where
-    experts = given.masked_m.shape[0]
-    rows = combine.hidden_states
-    slots = -(-(m.shape[0] + 3) // 8) * 8  # the kit's dispatcher: see BatchedDispatcher.dispatch
-    return replace(combine, hidden_states=rows[:experts, :slots].contiguous())

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from moe_core import _lazy
+from moe_core.capability import arch_number
 from moe_core.specs import DispatcherSpec, FormatSpec, RunnerSpec
 from moe_core.testing.case import Case
 from moe_core.testing.registration import COMPUTING, DECLARING, CheckFailed, CheckSkipped, check
@@ -21,7 +22,8 @@ _SPECS = (*COMPUTING, "dispatcher", "format")
 def frozen(case: Case) -> None:
     """A spec is frozen, hashable and picklable data: it can be shared, compared and sent to workers."""
     spec = case.component.spec
-    if not dataclasses.is_dataclass(spec) or not type(spec).__dataclass_params__.frozen:  # type: ignore[attr-defined]
+    parameters = getattr(type(spec), "__dataclass_params__", None)
+    if parameters is None or not parameters.frozen:
         raise CheckFailed(f"{type(spec).__name__} is not a frozen dataclass")
     hash(spec)
     copy = pickle.loads(pickle.dumps(spec))
@@ -75,8 +77,14 @@ def maturity(case: Case) -> None:
         if not isinstance(level, Maturity):
             raise CheckFailed(f"the maturity on {window} is {level!r}, not one of {', '.join(Maturity)}")
         for arch in _ends(window):
-            if not any(support.arch_supported(device, arch) for device in support.devices):
+            if not any(support.arch_supported(device, arch) for device in _devices(arch, support.devices)):
                 raise CheckFailed(f"claims to be {level} on {window}, and does not support {arch}")
+
+
+def _devices(arch: str, declared: Iterable[str]) -> list[str]:
+    """Those of the declared devices that can have this architecture."""
+    of = {"sm": "cuda", "gfx": "rocm"}.get((arch_number(arch) or ("", 0))[0])
+    return [device for device in declared if device == "*" or of in (None, device)]
 
 
 def _ends(window: str) -> Iterator[str]:
@@ -101,7 +109,7 @@ def format_classes(case: Case) -> None:
 
 @check("hygiene.support", kind=("runner", "dispatcher"))
 def support_is_usable(case: Case) -> None:
-    """What is declared can be used: a runner has a lane, an activation and a dtype; a dispatcher gives formats that exist."""
+    """A runner has a way into it, activations and dtypes; a dispatcher gives formats that somebody registered."""
     spec, registry = case.component.spec, case.stage.source
     if isinstance(spec, RunnerSpec):
         ways = {f for f, r in (*registry.adapters, *registry.fused) if r == spec.name}
