@@ -34,7 +34,7 @@ _TOKENIZER_FILES = ("tokenizer.", "vocab", "tekken", "spiece", "sentencepiece", 
 
 @dataclass(slots=True)
 class DemoResult:
-    """What `run` measured. Times are seconds of one prefill and of the whole generation (best of two).
+    """What `run` measured. Times are seconds of one prefill and of the whole generation (the best of several).
 
     plan, fingerprint and layout (of its weights) are the first layer's.
     """
@@ -109,10 +109,8 @@ def measure(
         _warm_up(model, ids)
         plans = bridge.plans(model)
         if not plans:
-            raise ConfigError(
-                f"{type(model).__name__} ran no layer through moe_core",
-                hint="this needs a mixture-of-experts model whose experts transformers can replace",
-            )
+            hint = "this needs a mixture-of-experts model whose experts transformers can replace"
+            raise ConfigError(f"{type(model).__name__} ran no layer through moe_core", hint=hint)
         layers, first = len(plans), next(iter(plans.values()))
         plan, fingerprint, report = first.resolution.require().id, first.fingerprint, first.explain()
         layout = str(first.quant_info.layout)
@@ -160,14 +158,12 @@ def _load(folder: Path, dtype: str | None) -> Any:
 
     if not (folder / "config.json").is_file():
         what = "holds no config.json: it is not a Hugging Face checkpoint" if folder.is_dir() else "is no folder"
-        raise ConfigError(
-            f"{str(folder)!r} {what}",
-            hint="name the folder of a downloaded checkpoint; without one, a small random model is used",
-        )
+        hint = "name the folder of a downloaded checkpoint; without one, a small random model is used"
+        raise ConfigError(f"{str(folder)!r} {what}", hint=hint)
     bridge.register()
-    wanted = getattr(torch, dtype) if dtype else "auto"
+    kind = getattr(torch, dtype) if dtype else "auto"
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, experts_implementation=bridge.NAME).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, experts_implementation=bridge.NAME).eval()
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"transformers cannot load {str(folder)!r}: {error}") from error
     if not _room_for_copy(model):
@@ -222,9 +218,12 @@ def _warm_up(model: Any, ids: Any) -> None:
 def _time(model: Any, ids: Any, max_new_tokens: int) -> _Timed:
     import torch
 
-    prefill, generate = [], []
+    prefill: list[float] = []
+    generate: list[float] = []
+    began = time.perf_counter()
     with torch.inference_mode():
-        for _ in range(2):
+        # Twice at least; more often where it costs little, since a short time is easily disturbed.
+        while len(generate) < 2 or (len(generate) < 8 and time.perf_counter() - began < 2.0):
             start = time.perf_counter()
             logits = model(ids).logits.float()
             prefill.append(time.perf_counter() - start)
@@ -276,7 +275,7 @@ def _show(result: DemoResult, report: str) -> None:
     console.print(f"text    {result.text!r}", markup=False)
     same = "the same tokens" if result.tokens == result.eager_tokens else f"eager gave {result.eager_tokens}"
     console.print(f"eager   {same}", markup=False)
-    table = Table("", "moe_core", "transformers eager", "speed-up", title="time (best of two)")
+    table = Table("", "moe_core", "transformers eager", "speed-up", title="best time")
     for label, ours, eager in (
         ("prefill", result.prefill_s, result.eager_prefill_s),
         ("generate", result.generate_s, result.eager_generate_s),

@@ -125,8 +125,6 @@ def _standard(d: Any, binding: Binding, terms: Terms) -> StandardCombineInput:
     out = torch.where(here[..., None], out, 0.0)
     if terms.runner_does(Step.ROUTER_WEIGHT):
         out = out * torch.where(here, d.topk_weights.double(), 0.0)[..., None]
-    else:
-        out = torch.where(here[..., None], out, float("nan") if binding.parallel.ep_size == 1 else 0.0)
     out = out * _scaling(binding, terms)
     out = out.sum(dim=1) if terms.runner_does(Step.TOPK_SUM) else out
     return StandardCombineInput(out.to(binding.dtype), d.handle)

@@ -39,6 +39,15 @@ CORE = Registry(autoload=False, settings=Settings())
 RUNNERS = pytest.mark.parametrize("runner", ["cpu", "reference"])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads cost more than they bring at these sizes, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def weights(config: MoeConfig = LAYER, seed: int = 0) -> CanonicalWeights:
     generator = torch.Generator().manual_seed(seed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,15 @@ LAYER = MoeConfig(num_experts=7, top_k=3, hidden_size=32, intermediate_size=48, 
 CORE = Registry(autoload=False, settings=Settings())
 RUNNERS = pytest.mark.parametrize("runner", ["cpu", "reference"])
 PLACEMENTS = ["linear", "round_robin", (2, 0, 0, 1, 2, 2, 0)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads cost more than they bring at these sizes, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def weights(config: MoeConfig = LAYER, zero_points: bool = False) -> CanonicalWeights:

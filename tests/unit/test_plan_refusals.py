@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,15 @@ from moe_core import (
 E, K, H, INNER = 6, 2, 32, 48
 LAYER = MoeConfig(num_experts=E, top_k=K, hidden_size=H, intermediate_size=INNER, dtype="float32")
 REGISTRY = Registry(autoload=False, settings=Settings())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads cost more than they bring at these sizes, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def weights(config: MoeConfig = LAYER) -> CanonicalWeights:

@@ -116,8 +116,6 @@ def _refuses_sizes(case: Case) -> Refused:
         limits.append(("shape.max_tokens", {}, {"max_tokens": support.max_tokens + 1}))
     if support.needs_max_tokens:
         limits.append(("shape.max_tokens", {}, {"max_tokens": None}))
-    if not limits:
-        raise CheckSkipped("it declares no limit of sizes")
     for code, changes, request in limits:
         refused(case, Demand(f"{changes or request}", code, _never, changes), **request)
     return Refused(f"sizes beyond the declared ones are refused with {', '.join(code for code, _, _ in limits)}")
