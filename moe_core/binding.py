@@ -152,7 +152,11 @@ class MoePlan:
         return self._paths[dispatched.format](dispatched, state if state is not None else RunningState())
 
     def update_weights(self, weights: CanonicalWeights) -> None:
-        """New values for the same layer, in place: addresses stay, captured graphs see the new weights."""
+        """New values for the same layer, in place: addresses stay, captured graphs see the new weights.
+
+        What the plan holds is overwritten. A runner that keeps your own tensors instead of a copy (`reference`; `cpu`
+        with pack_weights=False) writes into those that the plan was made with.
+        """
         weights = _fit(weights, self.resolution, self._registry)
         update = self._runner_spec.update
         if update is not None:

@@ -173,9 +173,9 @@ def _load(folder: Path, dtype: str | None) -> Any:
 
 def _room_for_copy(model: Any) -> bool:
     """Whether a second copy of the experts fits into memory, with a tenth to spare."""
-    from moe_core.runners.cpu.weights import _available_bytes
+    from moe_core.runners.cpu.weights import available_bytes
 
-    available = _available_bytes()
+    available = available_bytes()
     experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
     return available is None or 1.1 * experts < available
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,6 +17,8 @@ from moe_core.specs import AdapterSpec, DispatcherSpec, FormatSpec, FusedPathSpe
 
 if TYPE_CHECKING:
     from moe_core.quant import QuantScheme
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -90,11 +93,20 @@ class Registry:
                 lines.append(f"{kind} ({format_id}, {runner}): no format {format_id!r} is registered")
         return lines
 
-    def call(self, hook: str, **arguments: Any) -> list[tuple[PluginRecord, Any]]:
-        """(plugin, result) of a hook for every loaded plugin that implements it, plugin by plugin."""
+    def call(self, hook: str, failures: list[str] | None = None, **arguments: Any) -> list[tuple[PluginRecord, Any]]:
+        """(plugin, result) of a hook for every loaded plugin that implements it, plugin by plugin.
+
+        A plugin whose hook raises hides only itself: it is logged as a warning, and added to `failures`.
+        """
         results = []
         for record in self._plugins.loaded:
-            results += [(record, value) for value in self._plugins.call(record, hook, **arguments)]
+            try:
+                results += [(record, value) for value in self._plugins.call(record, hook, **arguments)]
+            except Exception as error:  # a plugin's hook may raise anything; the others must still answer
+                line = f"hook {hook} of plugin {record.name!r} raised {type(error).__name__}: {error}"
+                logger.warning("%s; its answer is left out", line)
+                if failures is not None:
+                    failures.append(line)
         return results
 
     def owner(self, kind: str, key: object) -> str:

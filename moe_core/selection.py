@@ -5,7 +5,7 @@ Components are judged first and pairs only among those that can serve, so that a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from moe_core import _checks, _lazy
 from moe_core.capability import Reason
@@ -26,6 +26,9 @@ from moe_core.vocabulary import DroppedSlot, FormatId, Maturity, Owner, Phase, S
 if TYPE_CHECKING:
     from moe_core.measurements import Measurements
     from moe_core.registry import Registry
+
+#: Two measured times closer than this, as a part of the faster one, say nothing about which is better.
+MEASUREMENT_NOISE: Final = 0.05
 
 
 def resolve(request: PlanRequest, registry: Registry, measurements: Measurements | None = None) -> Resolution:
@@ -52,14 +55,15 @@ def resolve(request: PlanRequest, registry: Registry, measurements: Measurements
     for whole in (v.spec for v in wholes if v.usable):
         if isinstance(whole, FusedPathSpec) and whole.runner in usable_runners:
             _whole(whole, request, registry, candidates, rejected)
-    ranked = _rank(candidates, request, registry, measurements)
+    failures: list[str] = []
+    ranked = _rank(candidates, request, registry, measurements, failures)
     verdicts = (*runners, *dispatchers, *wholes)
     return Resolution(
         request,
         verdicts,
         tuple(ranked),
         tuple(rejected),
-        tuple(_notes(ranked, request, registry)),
+        (*_notes(ranked, request, registry), *dict.fromkeys(failures)),
         _versions(ranked, registry),
     )
 
@@ -259,13 +263,17 @@ def _whole(
 
 
 def _rank(
-    candidates: list[Candidate], request: PlanRequest, registry: Registry, measurements: Measurements | None
+    candidates: list[Candidate],
+    request: PlanRequest,
+    registry: Registry,
+    measurements: Measurements | None,
+    failures: list[str],
 ) -> list[Candidate]:
     """Best first: by priority, fused before split, then by name; measured candidates among themselves by time."""
     judged = []
     for candidate in candidates:
         notes = []
-        for _, note in registry.call("moe_core_adjust_priority", request=request, candidate=candidate):
+        for _, note in registry.call("moe_core_adjust_priority", failures, request=request, candidate=candidate):
             notes.append(note)
         judged.append(
             Candidate(
@@ -285,10 +293,19 @@ def _rank(
     # An unmeasured candidate keeps its place; measured ones share out theirs by time. So a measurement never decides
     # against something that it says nothing about.
     places = [i for i, c in enumerate(judged) if c.measured_ms is not None]
-    by_time = sorted((judged[i] for i in places), key=lambda c: (c.measured_ms or 0.0, c.id))
-    for place, candidate in zip(places, by_time, strict=True):
+    for place, candidate in zip(places, _by_time([judged[i] for i in places]), strict=True):
         judged[place] = candidate
     return judged
+
+
+def _by_time(measured: list[Candidate]) -> list[Candidate]:
+    """Fastest first. Within the noise of a measurement the order by priority stays, so that a choice does not flap."""
+    waiting, order = list(measured), []
+    while waiting:
+        fastest = min(c.measured_ms or 0.0 for c in waiting)
+        order.append(next(c for c in waiting if (c.measured_ms or 0.0) <= fastest * (1 + MEASUREMENT_NOISE)))
+        waiting.remove(order[-1])
+    return order
 
 
 def _notes(ranked: list[Candidate], request: PlanRequest, registry: Registry) -> list[str]:

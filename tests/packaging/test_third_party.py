@@ -31,7 +31,11 @@ CONFIG = moe_core.MoeConfig(num_experts=8, top_k=2, hidden_size=64, intermediate
 def _acme_on_the_path() -> Iterator[None]:
     sys.path.insert(0, str(SOURCE))
     importlib.invalidate_caches()
+    # Layers this small gain nothing from threads, and on a busy machine waiting for them costs a minute.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     sys.path.remove(str(SOURCE))
     for name in [m for m in sys.modules if m.partition(".")[0] == "moe_core_acme"]:
         del sys.modules[name]

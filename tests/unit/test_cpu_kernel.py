@@ -358,8 +358,8 @@ def test_wrong_weights() -> None:
 
 @pytest.mark.skipif(not can_pack(torch.float32), reason="this torch has no oneDNN")
 def test_packing_that_does_not_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert weights._available_bytes()
-    monkeypatch.setattr(weights, "_available_bytes", lambda: 2**10)
+    assert weights.available_bytes()
+    monkeypatch.setattr(weights, "available_bytes", lambda: 2**10)
     with pytest.raises(WeightError, match=r"packing needs .* GiB(.|\n)*pack=False"):
         Layer(torch.float32).prepare()
     assert Layer(torch.float32).prepare(False).layout == ROWS
@@ -370,7 +370,7 @@ def test_available_memory_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(path)
 
     monkeypatch.setattr("builtins.open", refuse)
-    found = weights._available_bytes()
+    found = weights.available_bytes()
     assert found is None or found > 0
 
 

@@ -44,10 +44,10 @@ def test_every_error_is_in_the_reference() -> None:
 
 
 def test_every_command_is_in_the_reference() -> None:
-    from moe_core.cli import main
+    from moe_core.cli._app import app
 
     commands = set(re.findall(r"^\| `moe-core ([\w-]+)", REFERENCE, re.MULTILINE))
-    assert commands == set(main.list_commands(None))  # type: ignore[arg-type]
+    assert commands == set(app.list_commands(None))  # type: ignore[arg-type]
 
 
 def test_every_step_is_in_the_concepts() -> None:

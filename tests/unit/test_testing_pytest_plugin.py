@@ -66,9 +66,17 @@ def test_torch_is_not_imported_for_plain_tests(run: object) -> None:
     run(source).assert_outcomes(passed=1)  # type: ignore[operator]
 
 
-def test_header_names_version_and_states(run: object) -> None:
+def test_header_names_version_and_states(
+    run: object, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An installed plugin whose module is not there.
+    info = pytester.mkdir("acme-1.0.dist-info")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[moe_core.plugins]\nacme = acme_is_not_there:plugin\n")
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[2]}:{pytester.path}")
     result = run("def test_plain(): pass")  # type: ignore[operator]
-    result.stdout.fnmatch_lines(["moe-core: *, plugins: *loaded*"])
+    result.stdout.fnmatch_lines(["moe-core: *, plugins: *1 broken (acme)"])
+    assert "is broken" not in result.stderr.str()
     assert result.ret == 0
 
 

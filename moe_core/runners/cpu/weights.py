@@ -113,7 +113,7 @@ def prepare(
     elif w13.stride(2) != 1 or w2.stride(2) != 1:
         raise WeightError(
             f"layout 'rows' cannot take strides {w13.stride()}, {w2.stride()}",
-            hint="pass contiguous weights, or pack them (option pack=True)",
+            hint="pass contiguous weights, or pack them (option pack_weights=True)",
         )
     convert = _pack if packed else _same
     return CpuWeights(
@@ -233,16 +233,16 @@ def _check(w13: Tensor, w2: Tensor, w13_bias: Tensor | None, w2_bias: Tensor | N
 
 
 def _check_memory(needed: int) -> None:
-    available = _available_bytes()
+    available = available_bytes()
     if available is not None and needed > available:
         raise WeightError(
             f"packing needs {needed / 2**30:.2f} GiB for a second copy of the weights, "
             f"but {available / 2**30:.2f} GiB are available",
-            hint="use the option pack=False (layout 'rows': no copy, slower products)",
+            hint="use the option pack_weights=False (layout 'rows': no copy, slower products)",
         )
 
 
-def _available_bytes() -> int | None:
+def available_bytes() -> int | None:
     """Memory that can still be taken, or None if the system does not say."""
     found: list[int] = []
     try:
