@@ -6,6 +6,7 @@ duplicate, blocked or incompatible plugin becomes a visible state with a message
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import time
@@ -94,7 +95,10 @@ class PluginSet:
             self._register(record)
         except PluginApiError as error:
             record.state, record.detail, record.plugin = PluginState.INCOMPATIBLE, error.message, None
+        except PluginConflictError as error:
+            record.state, record.detail, record.plugin = PluginState.DUPLICATE, error.message, None
         except Exception as error:
+            record.plugin = None  # `_register` has taken it out again
             self.mark_broken(record, error)
         else:
             record.state = PluginState.LOADED
@@ -102,6 +106,10 @@ class PluginSet:
         self.records.append(record)
 
     def _register(self, record: PluginRecord) -> None:
+        if self._manager.is_registered(record.plugin):
+            raise PluginConflictError(f"its object is loaded already, as {self._manager.get_name(record.plugin)!r}")
+        if self._manager.has_plugin(record.name):
+            raise PluginConflictError(f"the name {record.name!r} is taken")
         self._manager.register(record.plugin, name=record.name)
         try:
             self._manager.check_pending()  # a misspelled hook name is an error, not a silent no-op
@@ -109,6 +117,10 @@ class PluginSet:
             if not infos:
                 raise PluginLoadError("it does not implement moe_core_plugin_info")
             record.info = infos[0]
+            if record.distribution is not None and record.info.name != record.name:
+                raise PluginLoadError(
+                    f"its entry point is called {record.name!r}, but its plugin info says {record.info.name!r}"
+                )
             major, minor = record.info.api
             if major != PLUGIN_API[0] or minor > PLUGIN_API[1]:
                 raise PluginApiError(
@@ -165,8 +177,11 @@ def discover(settings: Settings, *, plugins: Iterable[Any] = (), autoload: bool 
         found.add(PluginRecord(CORE, PluginState.LOADED, "moe-core", __version__, plugin=core))
     for plugin in plugins:
         target = f"{type(plugin).__module__}:{type(plugin).__qualname__}"
-        name = getattr(plugin, "__name__", None) or type(plugin).__name__
-        found.add(PluginRecord(str(name), PluginState.LOADED, target=target, plugin=plugin))
+        name = str(getattr(plugin, "__name__", None) or type(plugin).__name__)
+        taken = {r.name for r in found.records}
+        free = (f"{name}_{i}" for i in itertools.count(2) if f"{name}_{i}" not in taken)
+        unique = next(free) if name in taken else name  # two authors may both call their class Plugin
+        found.add(PluginRecord(unique, PluginState.LOADED, target=target, plugin=plugin))
     if autoload:
         for record, entry_point in _entry_points():
             found.add(record) if _load(record, entry_point, settings) else found.records.append(record)
@@ -179,7 +194,7 @@ def _entry_points() -> list[tuple[PluginRecord, Any]]:
     seen: set[tuple[str, str, str]] = set()
     for entry_point in _metadata.entry_points(ENTRY_POINT_GROUP):
         dist = entry_point.dist
-        dist_name = dist.metadata["Name"] if dist is not None else ""
+        dist_name, version = _identity(dist)
         key = (entry_point.name, canonicalize_name(dist_name or ""), entry_point.value)
         if key in seen:  # one distribution found twice on sys.path (an editable install beside its build folder)
             continue
@@ -188,7 +203,7 @@ def _entry_points() -> list[tuple[PluginRecord, Any]]:
             entry_point.name,
             PluginState.LOADED,
             dist_name or None,
-            dist.version if dist is not None else None,
+            version,
             entry_point.value,
         )
         rows.append((record, entry_point))
@@ -204,6 +219,14 @@ def _entry_points() -> list[tuple[PluginRecord, Any]]:
                 "(uninstall all but one)"
             )
     return rows
+
+
+def _identity(dist: Any) -> tuple[str, str | None]:
+    """Name and version; unknown where an interrupted uninstall left entry points without metadata."""
+    try:
+        return dist.metadata["Name"] or "", dist.version
+    except Exception:
+        return "", None
 
 
 def _load(record: PluginRecord, entry_point: Any, settings: Settings) -> bool:
@@ -227,7 +250,7 @@ def _load(record: PluginRecord, entry_point: Any, settings: Settings) -> bool:
         record.plugin = entry_point.load()
         if record.plugin is None:
             raise PluginLoadError(f"{record.target} is None, not a plugin object")
-    except Exception as error:  # a plugin's import may raise anything; the others must still load
+    except (Exception, SystemExit) as error:  # a plugin's import may raise anything; the others must still load
         record.state, record.detail = PluginState.BROKEN, f"{type(error).__name__}: {error}"
         record.traceback = traceback.format_exc()
     record.load_ms = (time.perf_counter() - start) * 1e3
@@ -236,7 +259,7 @@ def _load(record: PluginRecord, entry_point: Any, settings: Settings) -> bool:
 
 def _incompatibility(dist: Any) -> str | None:
     """Why the distribution's own metadata excludes this moe_core, found without importing it."""
-    if dist is None:
+    if not _identity(dist)[0]:
         return None
     for line in _metadata.requirements(dist):
         if not re.match(r"(?i)^moe[-_.]core\b(?![-_.])", line):

@@ -39,6 +39,11 @@ def _check(owner: str, name: str, *targets: str | None) -> None:
             raise SpecError(f"{owner} {name!r} has the target {target!r}", hint="write 'package.module:attribute'")
 
 
+def _check_wants(kind: str, format_id: str, runner: str, wants: object) -> None:
+    if wants == ():
+        raise SpecError(f"the {kind} of ({format_id}, {runner}) has no wants: name at least one alternative")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PluginInfo:
     """Who a plugin is. `api` is the plugin API that it was written for."""
@@ -217,6 +222,7 @@ class AdapterSpec:
 
     def __post_init__(self) -> None:
         _check("adapter for runner", self.runner, self.pre, self.post)
+        _check_wants("adapter", self.format, self.runner, self.wants)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -239,6 +245,7 @@ class FusedSpec:
 
     def __post_init__(self) -> None:
         _check("fused func for runner", self.runner, self.target)
+        _check_wants("fused func", self.format, self.runner, self.wants)
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -134,12 +134,10 @@ def unknown_ids(expected_failures: Mapping[str, str], checks: list[Check]) -> li
 def profile_of(stage: Stage) -> tuple[ConformanceProfile, list[str]]:
     """What the plugin's hook says, without what is wrong in it; and what is wrong in it."""
     name = stage.record.name
-    try:
-        answers = [a for record, a in stage.source.call("moe_core_conformance") if record.name == name]
-    except Exception as error:
-        return ConformanceProfile(), [f"moe_core_conformance raised {type(error).__name__}: {error}"]
+    failures: list[str] = []
+    answers = [a for r, a in stage.source.call("moe_core_conformance", failures) if r.name == name]
     if not answers:
-        return ConformanceProfile(), []
+        return ConformanceProfile(), [line for line in failures if f"plugin {name!r}" in line]
     profile = answers[0]
     if not isinstance(profile, ConformanceProfile):
         return ConformanceProfile(), [f"moe_core_conformance returned {profile!r}, not a ConformanceProfile"]

@@ -175,6 +175,22 @@ def test_the_first_alternative_for_which_terms_are_agreed_counts() -> None:
     assert [r.code for r in refused.reasons] == ["contract.extras", "contract.payload"]
 
 
+@pytest.mark.parametrize(
+    ("incoming", "ep", "expected"),
+    [
+        (DroppedSlot.NEVER, 1, DroppedSlot.NEVER),
+        (DroppedSlot.NEVER, 2, DroppedSlot.NEGATIVE),  # experts of the other rank are dropped slots here
+        (DroppedSlot.NEGATIVE, 1, DroppedSlot.NEGATIVE),
+    ],
+)
+def test_a_runner_is_spared_dropped_slots_only_where_there_are_none(
+    incoming: DroppedSlot, ep: int, expected: DroppedSlot
+) -> None:
+    made = registry(runner("a"), split("a", dropped=(DroppedSlot.NEVER, DroppedSlot.NEGATIVE)))
+    found = ask(made, incoming=incoming, parallel=ParallelConfig(ep_size=ep)).require()
+    assert {choice.terms.dropped for _, choice in found.paths} == {expected}
+
+
 def test_a_payload_of_another_scheme_is_not_agreed_on() -> None:
     offers = {STANDARD: replace(STANDARD_DISPATCHER.offers[STANDARD], payloads=frozenset({"bf16", "fp8_group128"}))}
     sends = replace(STANDARD_DISPATCHER, name="sends", priority=500, offers=offers)

@@ -360,7 +360,7 @@ def test_wrong_weights() -> None:
 def test_packing_that_does_not_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert weights.available_bytes()
     monkeypatch.setattr(weights, "available_bytes", lambda: 2**10)
-    with pytest.raises(WeightError, match=r"packing needs .* GiB(.|\n)*pack=False"):
+    with pytest.raises(WeightError, match=r"packing needs .* GiB(.|\n)*pack_weights=False"):
         Layer(torch.float32).prepare()
     assert Layer(torch.float32).prepare(False).layout == ROWS
 

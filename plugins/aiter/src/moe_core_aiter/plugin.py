@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moe_core import hookimpl
 from moe_core.capability import Requires, Support
 from moe_core.specs import AdapterSpec, PluginInfo, RunnerSpec, Wants
@@ -54,22 +56,27 @@ RUNNER = RunnerSpec(
     ),
 )
 
+# A negative id writes out of bounds in most of its sorting kernels: dropped slots go to a masked expert.
+_MASKED = Wants(
+    id_spaces=(IdSpace.GLOBAL, IdSpace.LOCAL),
+    dropped=(DroppedSlot.NEVER, DroppedSlot.SINK),
+    # mxfp8 is missing: fused_moe quantizes such tokens again and ignores their scales.
+    payloads=("fp8_group128", "fp8_token", "mxfp4", "bf16"),
+    extras=frozenset({"expert_mask"}),
+    can=frozenset({Step.ROUTED_SCALING}),
+    always=frozenset({Step.ROUTER_WEIGHT, Step.TOPK_SUM}),
+)
+# With all experts on this rank and no slot dropped, there is nothing to mask. Local ids say so: among several ranks,
+# NEVER is agreed for global ids only.
+_UNMASKED = replace(_MASKED, id_spaces=(IdSpace.LOCAL,), dropped=(DroppedSlot.NEVER,), extras=frozenset())
+
 ADAPTERS = (
     AdapterSpec(
         runner="aiter",
         format=STANDARD,
         pre="moe_core_aiter.adapters:pre_standard",
         post="moe_core_aiter.adapters:post_standard",
-        # A negative id writes out of bounds in most of its sorting kernels: dropped slots go to a masked expert.
-        wants=Wants(
-            id_spaces=(IdSpace.GLOBAL, IdSpace.LOCAL),
-            dropped=(DroppedSlot.NEVER, DroppedSlot.SINK),
-            # mxfp8 is missing: fused_moe quantizes such tokens again and ignores their scales.
-            payloads=("fp8_group128", "fp8_token", "mxfp4", "bf16"),
-            extras=frozenset({"expert_mask"}),
-            can=frozenset({Step.ROUTED_SCALING}),
-            always=frozenset({Step.ROUTER_WEIGHT, Step.TOPK_SUM}),
-        ),
+        wants=(_UNMASKED, _MASKED),
     ),
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moe_core import hookimpl
 from moe_core.capability import Requires, Support
 from moe_core.specs import AdapterSpec, FusedSpec, PluginInfo, RunnerSpec, Wants
@@ -56,7 +58,9 @@ RUNNER = RunnerSpec(
 # Tokens that arrive quantized as the layer's scheme asks save half the traffic and a kernel here.
 _PAYLOADS = ("fp8_group128", "fp8_token", "int8_token", "bf16")
 
-_STANDARD = Wants(id_spaces=(IdSpace.LOCAL,), payloads=_PAYLOADS, ids_dtypes=("int32", "int64"))
+_LOCAL = Wants(id_spaces=(IdSpace.LOCAL,), payloads=_PAYLOADS, ids_dtypes=("int32", "int64"))
+# Global ids will do where the dispatcher says which of them live here.
+_STANDARD = (_LOCAL, replace(_LOCAL, id_spaces=(IdSpace.GLOBAL,), extras=frozenset({"expert_map"})))
 
 # The ids of these two formats are the sender's and pass through untouched, so any kind of them will do.
 _EXPERT_MAJOR = Wants(
