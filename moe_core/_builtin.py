@@ -39,6 +39,8 @@ _HOOKS: Final = frozenset({"after_gate_up", "after_down"})
 _SUMS: Final = frozenset({Step.ROUTER_WEIGHT, Step.TOPK_SUM, Step.ROUTED_SCALING})
 # Evidence: the CPU job of CI runs them, and benchmarks/results/cpu holds dated measurements.
 _RAN_HERE: Final = {"x86_64": Maturity.EXECUTED}
+# Evidence: benchmarks/results/h200/, the conformance kit on that machine.
+_RAN_ON_GPU: Final = {**_RAN_HERE, "sm_90": Maturity.EXECUTED}
 
 STANDARD_DISPATCHER: Final = DispatcherSpec(
     name="standard",
@@ -56,10 +58,11 @@ STANDARD_DISPATCHER: Final = DispatcherSpec(
     },
     support=Support(
         devices={"*": ("*",)},
+        features=frozenset({"no_combine"}),
         topk_formats=frozenset({TOPK_STANDARD, TOPK_BYPASSED}),
         graph_capture=frozenset(Phase),
     ),
-    maturity=_RAN_HERE,
+    maturity=_RAN_ON_GPU,
 )
 
 REFERENCE_RUNNER: Final = RunnerSpec(
@@ -81,7 +84,7 @@ REFERENCE_RUNNER: Final = RunnerSpec(
         host_sync=frozenset(Phase),
     ),
     priority=0,
-    maturity=_RAN_HERE,
+    maturity=_RAN_ON_GPU,
     options={"emulate_activations": "quantize activations as the scheme says (default True)"},
     last_resort=True,
 )

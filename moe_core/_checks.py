@@ -82,6 +82,9 @@ def _carried(support: Support, request: PlanRequest, subject: str) -> Iterator[R
     if support.dtypes and dtype not in support.dtypes:
         found = _names(support.dtypes)
         yield Reason(subject, "dtype", f"does not carry {dtype}; it carries {found}", dtype, found)
+    if request.config.no_combine and "no_combine" not in support.features:
+        message = "returns summed tokens [T, H]; no_combine asks for every slot, [T, K, H]"
+        yield Reason(subject, "feature", message, "no_combine", _names(support.features))
     yield from _topk_format(support, request, subject)
     yield from _parallel(support, request, subject)
 

@@ -30,8 +30,13 @@ def check_input(hidden_states: Tensor, topk_output: Any, binding: Binding, topk_
         problems.append(f"hidden_states is {hidden_states.dtype}, the plan was made for {binding.dtype}")
     if hidden_states.device != binding.device:
         problems.append(f"hidden_states is on {hidden_states.device}, the weights are on {binding.device}")
-    if topk_output.format != topk_format:
-        problems.append(f"the router's decision is {topk_output.format!r}, the plan was made for {topk_format!r}")
+    found = getattr(topk_output, "format", None)
+    if found is None:
+        problems.append(
+            f"the router's decision is a {type(topk_output).__name__}, expected a TopKOutput or BypassedTopK"
+        )
+    elif found != topk_format:
+        problems.append(f"the router's decision is {found!r}, the plan was made for {topk_format!r}")
     if problems:
         raise ContractViolation("the plan cannot take these tensors:\n    " + "\n    ".join(problems))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_core import hardware as _hardware
 from moe_core.config import MoeConfig, ParallelConfig
-from moe_core.errors import BindError, ConfigError
+from moe_core.errors import BindError, ConfigError, did_you_mean
 from moe_core.hardware import HardwareInfo
 from moe_core.measurements import Measurements
 from moe_core.registry import Registry, default_registry
@@ -67,11 +67,11 @@ def make_request(
         config=config,
         parallel=parallel or ParallelConfig(),
         hardware=hardware,
-        phases=tuple(phases),
+        phases=tuple(_phase(phase) for phase in phases),
         features=frozenset(features),
         hooks=frozenset(hooks),
-        graph_capture=frozenset(graph_capture),
-        no_host_sync=frozenset(no_host_sync),
+        graph_capture=frozenset(_phase(phase) for phase in graph_capture),
+        no_host_sync=frozenset(_phase(phase) for phase in no_host_sync),
         topk_format=topk_format,
         incoming=incoming,
         caller_does=frozenset(caller_does),
@@ -80,6 +80,13 @@ def make_request(
         assume=frozenset(assume),
         settings=settings or Settings.load(**choices),
     )
+
+
+def _phase(value: Phase | str) -> Phase:
+    try:
+        return Phase(value)
+    except ValueError:
+        raise ConfigError(f"unknown phase {value!r}", hint=did_you_mean(str(value), list(Phase))) from None
 
 
 def resolve(

@@ -119,7 +119,7 @@ class MoePlan:
             or hidden_states.dtype != self._dtype
             or hidden_states.device != self._device
             or hidden_states.requires_grad
-            or topk_output.format != self._topk_format
+            or getattr(topk_output, "format", None) != self._topk_format
         ):
             _contract.check_input(hidden_states, topk_output, self._binding, self._topk_format)
         if self._topk_shape is not None:

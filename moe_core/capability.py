@@ -50,7 +50,6 @@ REASON_CODES: Final[Mapping[str, str]] = {
     "shape.max_tokens": "max_tokens is needed, or too large",
     "topk.format": "does not take the router's decision in this form",
     "parallel.ep": "this EP size is not supported",
-    "parallel.tp": "this TP size does not divide the layer, or is not supported",
     "parallel.placement": "this expert placement is not supported",
     "feature": "a must-have feature is not declared",
     "feature.host_sync": "synchronizes with the host where that was excluded",
@@ -205,7 +204,8 @@ class Support:
     `no_combine`; callers may require `compile`, `deterministic`, `lora`, `inplace` and plugins' own.
     graph_capture, host_sync: the phases in which it can be captured in a device graph / synchronizes the host.
     even_experts: every EP rank must hold the same number of experts.
-    A dispatcher's `dtypes` and `schemes` limit it only where they are given.
+    Of a dispatcher, `dtypes` limit it only where they are given, and the feature `no_combine` means that it can
+    return every slot of a token.
     hooks: hook points it calls, for LoRA: "after_gate_up", "after_down".
     """
 

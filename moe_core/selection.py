@@ -177,6 +177,16 @@ def _join(
                 )
                 rejected.append(Rejected(f"{pair}[{format_id}]", (reason,)))
             return
+    callers = {
+        frozenset(s for s, o in c.terms.steps.items() if o is Owner.CALLER)
+        for k in by_kind.values()
+        for c in k.values()
+    }
+    if len(callers) > 1:
+        # A caller does not know the phase's terms: what it has to do must not depend on them.
+        reason = Reason(f"path:{pair}", "step.never", "the phases would leave different steps to the caller")
+        rejected.append(Rejected(pair, (reason,)))
+        return
     for preferred, other in (("fused", "split"), ("split", "fused")):
         paths = tuple((p, by_kind[preferred].get(p) or by_kind[other][p]) for p in request.phases)
         maturity = max(

@@ -140,6 +140,10 @@ class CanonicalWeights:
             problems.append(f"{name}_scale is missing: scheme {scheme.id!r} needs {sorted(expected)}")
         elif tuple(scale.shape) not in expected:
             problems.append(f"{name}_scale has shape {tuple(scale.shape)}, expected {sorted(expected)}")
+        if scale is not None and scheme.scale is not None:
+            dtype = str(scale.dtype).removeprefix("torch.")
+            if not dtype.startswith((scheme.scale.storage_dtype, scheme.scale.dtype)):
+                problems.append(f"{name}_scale is {scale.dtype}, expected {scheme.scale.storage_dtype}")
         if scheme.global_scale and getattr(self, f"{name}_global_scale") is None:
             problems.append(f"{name}_global_scale is missing: scheme {scheme.id!r} has two levels of scales")
         zero = getattr(self, f"{name}_zero")

@@ -185,7 +185,7 @@ def test_a_dense_model(tmp_path: Path) -> None:
 def test_a_second_copy_of_the_experts_that_does_not_fit(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experts = 4 * 3 * 16 * 32 * 2
     for available, layout in ((2 * experts, None), (experts, "rows"), (0, "rows")):
-        monkeypatch.setattr(cpu_weights, "_available_bytes", lambda available=available: available)
+        monkeypatch.setattr(cpu_weights, "available_bytes", lambda available=available: available)
         result, _ = demo.measure(str(small), "x", 1, None)
         assert result.ok
         assert layout in (None, result.layout)

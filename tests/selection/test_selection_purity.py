@@ -180,7 +180,7 @@ def test_the_explanation_of_nothing_reads_like_this() -> None:
     registry = Registry(plugins=[fake_plugin("acme", **far)], autoload=False, settings=Settings())
     found = ask(registry=registry, settings=Settings(dispatcher="far"))
     text = explanation.text(found)
-    assert "no  dispatcher:far  priority 7, untested on sm_90" in text
+    assert "no  dispatcher:far  priority 7, executed on sm_90" in text
     assert "[override.excluded] 'far' was asked for by name" in text
     assert "[parallel.ep] runs with ep_size >=2, this is 1" in text
     assert text.splitlines()[-1] == "chosen    nothing: no plan"

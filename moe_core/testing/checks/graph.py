@@ -25,12 +25,12 @@ def compile_(case: Case) -> None:
             result: Tensor = plan(hidden, TopKOutput(ids, weights))
             return result
 
-        torch._dynamo.reset()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler's own
+            warnings.simplefilter("ignore")  # the compiler's own, in every one of these calls
+            torch._dynamo.reset()
             compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
             result = compiled(layer.hidden, layer.topk.topk_ids, layer.topk.topk_weights)
-        torch._dynamo.reset()
+            torch._dynamo.reset()
         setup.close(result, plan(layer.hidden, layer.topk), "the compiled result")
 
 
