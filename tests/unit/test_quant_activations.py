@@ -108,9 +108,7 @@ def test_static_scales(shape: tuple[int, ...]) -> None:
     assert isinstance(scale, torch.Tensor)
     assert scale.tolist() == [0.5]
     assert data.float().tolist() == [[1.0, -2.0, 448.0, 448.0]]
-    assert roundtrip_activation(x, "fp8_tensor", torch.full(shape, 0.5)).tolist() == [
-        [0.5, -1.0, 224.0, 224.0]
-    ]
+    assert roundtrip_activation(x, "fp8_tensor", torch.full(shape, 0.5)).tolist() == [[0.5, -1.0, 224.0, 224.0]]
 
 
 def test_static_global_scale_of_nvfp4() -> None:
@@ -121,8 +119,7 @@ def test_static_global_scale_of_nvfp4() -> None:
     assert torch.equal(same, roundtrip_activation(x, "nvfp4"))
     # Calibrated too low: the block scale and then the elements saturate, at 6 * 448 * global.
     assert (
-        roundtrip_activation(torch.full((1, 16), 1e6), "nvfp4", torch.tensor(1.0)).flatten().tolist()
-        == [2688.0] * 16
+        roundtrip_activation(torch.full((1, 16), 1e6), "nvfp4", torch.tensor(1.0)).flatten().tolist() == [2688.0] * 16
     )
 
 
@@ -154,9 +151,7 @@ def test_activation_refusals(payload: str) -> None:
     block = scale.block if isinstance(scale, TwoLevelScale) else scale
     longer = torch.cat([block, block])
     with pytest.raises(ConfigError, match=f"scale of payload '{payload}' must be"):
-        dequantize_activation(
-            data, TwoLevelScale(longer, torch.ones(1)) if described.global_scale else longer, payload
-        )
+        dequantize_activation(data, TwoLevelScale(longer, torch.ones(1)) if described.global_scale else longer, payload)
     if isinstance(scale, TwoLevelScale):
         with pytest.raises(ConfigError, match="global scale"):
             dequantize_activation(data, scale._replace(global_scale=torch.ones(2)), payload)

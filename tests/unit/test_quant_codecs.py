@@ -240,9 +240,7 @@ def test_shorthand_scales() -> None:
     w = random(3, 4, 32)
     q = quantize(w, "fp8_tensor")
     assert q.scale is not None
-    assert torch.equal(
-        dequantize(QuantizedTensor(q.data, q.scale[:, 0]), "fp8_tensor"), dequantize(q, "fp8_tensor")
-    )
+    assert torch.equal(dequantize(QuantizedTensor(q.data, q.scale[:, 0]), "fp8_tensor"), dequantize(q, "fp8_tensor"))
     q = quantize(w, "nvfp4")
     assert q.global_scale is not None
     short = QuantizedTensor(q.data, q.scale, global_scale=q.global_scale[:, 0])

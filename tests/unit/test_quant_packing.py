@@ -72,14 +72,10 @@ def test_e2m1_special_values() -> None:
 
 
 def test_e4m3_rounds_like_exact_arithmetic_and_saturates() -> None:
-    finite = [
-        (c & 7) / 8 * 2.0**-6 if c < 8 else (1 + (c & 7) / 8) * 2.0 ** ((c >> 3) - 7) for c in range(127)
-    ]
+    finite = [(c & 7) / 8 * 2.0**-6 if c < 8 else (1 + (c & 7) / 8) * 2.0 ** ((c >> 3) - 7) for c in range(127)]
     assert finite[-1] == 448
     middles = [(a + b) / 2 for a, b in itertools.pairwise(finite)]
-    x = torch.tensor(
-        finite + middles + (random(1000).abs() * 100).tolist() + [460.0, 464.0, 480.0, 1e9, math.inf]
-    )
+    x = torch.tensor(finite + middles + (random(1000).abs() * 100).tolist() + [460.0, 464.0, 480.0, 1e9, math.inf])
     wanted = [nearest(min(v, 448.0), finite) for v in x.tolist()]
     assert raw(encode_e4m3(x)).tolist() == wanted
     assert raw(encode_e4m3(-x)).tolist() == [c | 0x80 for c in wanted]

@@ -37,9 +37,7 @@ def test_quantize_refusals() -> None:
         quantize(w, "int4_w4a16", group_size=16)
     with pytest.raises(WeightError, match="N = 4 does not divide into 3 parts"):
         quantize(w, "fp8_tensor", parts=3)
-    with pytest.raises(
-        WeightError, match=r"'int4_w4a16' cannot hold a \[4, 64\] matrix: K = 64 is not a multiple"
-    ):
+    with pytest.raises(WeightError, match=r"'int4_w4a16' cannot hold a \[4, 64\] matrix: K = 64 is not a multiple"):
         quantize(w, "int4_w4a16")
     with pytest.raises(WeightError, match=r"got float32 \[64\]"):
         quantize(w[0], "mxfp8")

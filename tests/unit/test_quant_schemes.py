@@ -81,9 +81,7 @@ def test_unknown_names_suggest_the_closest() -> None:
         ("nvfp4", (256, 192), (256, 24), 256 * 192 + 256 * 24 + 4),
     ],
 )
-def test_shapes_and_bytes(
-    id: str, storage: tuple[int, ...], scale: tuple[int, ...] | None, size: int
-) -> None:
+def test_shapes_and_bytes(id: str, storage: tuple[int, ...], scale: tuple[int, ...] | None, size: int) -> None:
     scheme = builtin_scheme(id)
     assert scheme.storage_shape(256, 384) == storage
     assert scheme.scale_shape(256, 384) == scale
@@ -149,14 +147,10 @@ def test_dtype_bytes_refuses(name: str) -> None:
 
 
 def test_payload_problems() -> None:
-    assert activation_payload("mxfp8").problems(48) == [
-        "K = 48 is not a multiple of 32 (elements under one scale)"
-    ]
+    assert activation_payload("mxfp8").problems(48) == ["K = 48 is not a multiple of 32 (elements under one scale)"]
     assert activation_payload("fp8_group128").problems(48) == []
     assert activation_payload("int8_token").problems(0) == ["K = 0 is not positive"]
-    assert all(
-        payload.id == id and payload.problems(256) == [] for id, payload in ACTIVATION_PAYLOADS.items()
-    )
+    assert all(payload.id == id and payload.problems(256) == [] for id, payload in ACTIVATION_PAYLOADS.items())
 
 
 def test_describing_does_not_import_torch() -> None:
