@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import moe_core
 from moe_core.agreement import compare, summary
@@ -36,23 +36,38 @@ def test_the_odd_rank_is_named_with_both_plans() -> None:
     assert "rank 2: standard+reference/split" in message
 
 
-def _rank(rank: int, rendezvous: str, results: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    try:
-        parallel = moe_core.ParallelConfig(ep_size=2, ep_rank=rank)
-        weights = moe_core.CanonicalWeights(w13=torch.zeros(4, 32, 32), w2=torch.zeros(4, 32, 16))
-        runner = {"runner": "reference"} if rank == 1 else {}
-        try:
-            moe_core.plan(CONFIG, weights, parallel, group=dist.group.WORLD, **runner)
-        except RankDisagreement as error:
-            Path(results, str(rank)).write_text(str(error))
-    finally:
-        dist.destroy_process_group()
+RANK = """
+import sys, torch, moe_core
+import torch.distributed as dist
+from moe_core.errors import RankDisagreement
+
+rank, rendezvous = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+config = moe_core.MoeConfig(num_experts=8, top_k=2, hidden_size=32, intermediate_size=16, dtype="float32")
+parallel = moe_core.ParallelConfig(ep_size=2, ep_rank=rank)
+weights = moe_core.CanonicalWeights(w13=torch.zeros(4, 32, 32), w2=torch.zeros(4, 32, 16))
+runner = {"runner": "reference"} if rank == 1 else {}
+try:
+    moe_core.plan(config, weights, parallel, group=dist.group.WORLD, **runner)
+except RankDisagreement as error:
+    print(error)
+dist.destroy_process_group()
+"""
 
 
 def test_every_rank_raises_instead_of_hanging(tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
-    messages = [(tmp_path / str(rank)).read_text() for rank in range(2)]
-    assert messages[0] == messages[1]
-    assert "resolved to another plan" in messages[0]
+    command = [sys.executable, "-c", RANK]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "rendezvous")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    outcomes = [process.communicate(timeout=120) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], outcomes
+    assert outcomes[0][0] == outcomes[1][0]
+    assert "resolved to another plan" in outcomes[0][0]

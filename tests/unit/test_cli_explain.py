@@ -83,7 +83,7 @@ def test_the_report_has_every_part():
     assert result.exit_code == 0, result.output
     text = squeeze(result.stdout)
     assert "NVIDIA H200 sm_90 141 GiB (profile, not this machine)" in text
-    assert "yes dispatcher:standard core 100 untested" in text
+    assert "yes dispatcher:standard core 100 executed" in text
     assert "no runner:fast" in text
     assert "[dep.missing] 'nobody_has_this_module' is not installed" in text
     assert f"-> {HINT}" in text
