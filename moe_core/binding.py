@@ -171,9 +171,9 @@ class MoePlan:
             return Owner.RUNNER if step in self.resolution.request.steps else None
         return next(iter(self.terms.values())).owner(step)
 
-    def explain(self) -> str:
-        """The selection report as text."""
-        return explanation.text(self.resolution)
+    def explain(self, *, brief: bool = False) -> str:
+        """The selection report as text; see `moe_core.explanation.text`."""
+        return explanation.text(self.resolution, brief=brief)
 
     def __repr__(self) -> str:
         return f"<MoePlan {self.resolution.require().id} {self.fingerprint}>"

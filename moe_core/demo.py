@@ -112,7 +112,7 @@ def measure(
             hint = "this needs a mixture-of-experts model whose experts transformers can replace"
             raise ConfigError(f"{type(model).__name__} ran no layer through moe_core", hint=hint)
         layers, first = len(plans), next(iter(plans.values()))
-        plan, fingerprint, report = first.resolution.require().id, first.fingerprint, first.explain()
+        plan, fingerprint, report = first.resolution.require().id, first.fingerprint, first.explain(brief=True)
         layout = str(first.quant_info.layout)
         ours = _time(model, ids, max_new_tokens)
         del plans, first  # the packed copy goes before anything else runs

@@ -30,8 +30,8 @@ def _order(verdict: Verdict) -> tuple[bool, int, str]:
     return (not verdict.usable, -verdict.spec.priority, verdict.spec.subject)
 
 
-def text(resolution: Resolution) -> str:
-    """The whole report."""
+def text(resolution: Resolution, *, brief: bool = False) -> str:
+    """The whole report. brief: of a component made for another kind of device, that reason alone."""
     request, chosen = resolution.request, resolution.chosen
     lines = [
         f"hardware  {request.hardware}",
@@ -42,7 +42,7 @@ def text(resolution: Resolution) -> str:
     if wanted:
         lines.append(f"must have {', '.join(wanted)}")
     lines.append("components")
-    lines += component_lines(resolution)
+    lines += component_lines(resolution, brief=brief)
     lines.append("combinations")
     for i, candidate in enumerate(resolution.candidates):
         lines.append(f"  {'->' if i == 0 else '  '} {candidate.id}  {candidate_detail(candidate)}".rstrip())
@@ -56,7 +56,7 @@ def text(resolution: Resolution) -> str:
     return "\n".join(lines)
 
 
-def component_lines(resolution: Resolution) -> list[str]:
+def component_lines(resolution: Resolution, *, brief: bool = False) -> list[str]:
     """Every component, usable ones first, with all reasons against the others."""
     lines = []
     for verdict in sorted(resolution.verdicts, key=_order):
@@ -65,7 +65,10 @@ def component_lines(resolution: Resolution) -> list[str]:
             f"  {mark} {verdict.spec.subject}  priority {verdict.spec.priority}, {verdict.maturity.value} "
             f"on {resolution.request.hardware.arch}"
         )
-        lines += [f"        {reason}" for reason in verdict.reasons]
+        elsewhere = [reason for reason in verdict.reasons if reason.code == "device.type"] if brief else []
+        lines += [f"        {reason}" for reason in elsewhere or verdict.reasons]
+        if elsewhere and len(verdict.reasons) > 1:
+            lines[-1] += f" (and {len(verdict.reasons) - 1} more)"
     return lines
 
 
