@@ -44,7 +44,7 @@ SHAPES = {  # experts, top-k, hidden size, intermediate size
     "qwen3-30b-a3b": (128, 8, 2048, 768),
 }
 BASELINES = ("transformers eager", "transformers grouped_mm")
-OURS = ("moe_core packed", "moe_core rows")
+OURS = {"moe_core auto": "auto", "moe_core packed": True, "moe_core rows": False}  # option pack_weights
 
 
 def experts_module(shape: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -73,7 +73,7 @@ def baseline_calls(module: torch.nn.Module) -> dict[str, Call]:
     return dict(zip(BASELINES, (eager, grouped_mm), strict=True))
 
 
-def our_call(module: torch.nn.Module, pack: bool) -> Call:
+def our_call(module: torch.nn.Module, pack: bool | str, choices: dict[str, Any]) -> Call:
     """A plan of moe_core: what a server calls, framework time included."""
     experts, inner_rows, hidden_size = module.gate_up_proj.shape
     config = moe_core.MoeConfig(
@@ -84,7 +84,10 @@ def our_call(module: torch.nn.Module, pack: bool) -> Call:
         dtype=str(module.gate_up_proj.dtype).removeprefix("torch."),
     )
     weights = moe_core.CanonicalWeights(w13=module.gate_up_proj.data, w2=module.down_proj.data)
+    start = time.perf_counter()
     plan = moe_core.plan(config, weights, runner="cpu", options={"cpu": {"pack_weights": pack}})
+    seconds, prepared = time.perf_counter() - start, plan.quant_info
+    choices |= {"layout": prepared.layout, "products": prepared.products.describe(), "plan_seconds": seconds}
 
     def call(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return plan(hidden, moe_core.TopKOutput(ids, weights))
@@ -100,11 +103,8 @@ def routing(tokens: int, shape: str, dtype: torch.dtype, seed: int, skewed: bool
     if skewed:
         logits[:, torch.randperm(experts, generator=random)[: experts // 4]] += 1.5
     weights, ids = logits.softmax(-1).topk(top_k)
-    return (
-        torch.randn(tokens, hidden, generator=random).to(dtype),
-        ids,
-        weights / weights.sum(-1, keepdim=True),
-    )
+    x = torch.randn(tokens, hidden, generator=random).to(dtype)
+    return x, ids, weights / weights.sum(-1, keepdim=True)
 
 
 def reference(module: torch.nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -122,7 +122,8 @@ def measure(
     shape: str, dtype: torch.dtype, tokens: list[int], rounds: int, skewed: bool, seed: int
 ) -> list[dict[str, Any]]:
     module = experts_module(shape, dtype)
-    calls = baseline_calls(module) | {n: our_call(module, n.endswith("packed")) for n in OURS}
+    choices: dict[str, dict[str, Any]] = {name: {} for name in OURS}
+    calls = baseline_calls(module) | {n: our_call(module, pack, choices[n]) for n, pack in OURS.items()}
     names = list(calls)
     flush = torch.zeros(2**25)
     _, _, hidden_size, inner = SHAPES[shape]
@@ -168,6 +169,7 @@ def measure(
                     "gflop_per_s": args[1].numel() * 6 * hidden_size * inner / medians[name] / 1e9,
                     "rounds": number,
                 }
+                | choices.get(name, {})
             )
     del calls, module
     gc.collect()
@@ -223,8 +225,8 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
         table.add_column(column)
     for name in (*BASELINES, *OURS):
         table.add_column(name, justify="right")
-    table.add_column("packed GB/s", justify="right")
-    table.add_column("packed GFLOP/s", justify="right")
+    table.add_column("auto GB/s", justify="right")
+    table.add_column("auto GFLOP/s", justify="right")
     table.add_column("max rel. error: baselines / ours", justify="right")
     groups: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
     for row in results:
@@ -234,15 +236,14 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
         for name in OURS:
             ratios = [rows[name][key] for key in ("speedup_over_best_baseline", "speedup_of_minima")]
             cells.append("{:.2f} ({:.2f}x, {:.2f}x)".format(rows[name]["median_ms"], *ratios))
-        packed = rows[OURS[0]]
+        ours = rows["moe_core auto"]
         errors = [max(rows[n]["max_relative_error"] for n in group) for group in (BASELINES, OURS)]
-        cells += [
-            f"{packed['gb_per_s']:.0f}",
-            f"{packed['gflop_per_s']:.0f}",
-            "{:.1e} / {:.1e}".format(*errors),
-        ]
+        cells += [f"{ours['gb_per_s']:.0f}", f"{ours['gflop_per_s']:.0f}", "{:.1e} / {:.1e}".format(*errors)]
         table.add_row(shape, dtype, str(count), *cells)
     console.print(table)
+    for row in results:
+        if row["variant"] == "moe_core auto" and row["tokens"] == results[0]["tokens"]:
+            console.print(f"auto, {row['shape']} {row['dtype']}: {row['layout']}, {row['products']}")
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:

@@ -109,7 +109,9 @@ CPU_RUNNER: Final = RunnerSpec(
     ),
     priority=100,
     maturity=_RAN_HERE,
-    options={"pack_weights": "copy weights into oneDNN's blocked layout: faster, a second copy (default True)"},
+    options={
+        "pack_weights": 'copy weights into oneDNN\'s layout (a second copy): True, False, "auto" (default: if it pays)'
+    },
 )
 
 _ROWS_ONLY: Final = frozenset({Step.ROUTER_WEIGHT, Step.ROUTED_SCALING})

@@ -76,7 +76,7 @@ def run(
     if json:
         print(json_module.dumps(_finite(asdict(result)) | {"report": report}, indent=1, allow_nan=False))
     else:
-        _show(result, report)
+        _show(result, report, random=model_dir is None)
     return 0 if result.ok else 1
 
 
@@ -266,13 +266,14 @@ def _tokenize(folder: Path, prompt: str, vocabulary: int) -> tuple[Any, Any]:
     return torch.tensor([[byte % vocabulary for byte in prompt.encode()]]), lambda tokens: " ".join(map(str, tokens))
 
 
-def _show(result: DemoResult, report: str) -> None:
+def _show(result: DemoResult, report: str, *, random: bool) -> None:
     console = Console(highlight=False)
     console.rule("the plan of the first MoE layer")
     console.print(report, markup=False, soft_wrap=True)
     console.rule("generated")
     console.print(f"tokens  {result.tokens}", markup=False)
-    console.print(f"text    {result.text!r}", markup=False)
+    note = "  (random weights: the words mean nothing, the numbers below do)" if random else ""
+    console.print(f"text    {result.text!r}{note}", markup=False, soft_wrap=True)
     same = "the same tokens" if result.tokens == result.eager_tokens else f"eager gave {result.eager_tokens}"
     console.print(f"eager   {same}", markup=False)
     table = Table("", "moe_core", "transformers eager", "speed-up", title="best time")

@@ -11,43 +11,26 @@ Roofline, for a layer that touches A distinct experts with S token-expert pairs 
   each expert runs from gather to copy before the next one starts, and the sum over slots is one pass.
 
 Products with fewer rows than the CPU has registers for cost as much as full ones, so time in between is
-neither. Inference only: gradients do not flow. The same input gives the same bits.
+neither; which product is then fastest depends on the CPU and its libraries, so it is measured (see
+calibration.py). Inference only: gradients do not flow. The same input gives the same bits within a plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_core.errors import ContractViolation
+from moe_core.runners.cpu.products import Slots, by_expert, choose_linear, grouped, phased
 from moe_core.runners.cpu.weights import CpuWeights
 
 if TYPE_CHECKING:
     from moe_core.config import Activation
     from moe_core.protocols import RunnerHooks
 
-_PHASED_ROWS = 256
-"""Up to so many rows, a whole intermediate result fits in the L2 cache and phases save calls; above, they
-cost misses."""
 _CHUNK_ROWS = 256
-
-
-class _Slots(NamedTuple):
-    """The slots that are computed, sorted by expert (stable), so row i belongs to flat slot order[i].
-
-    experts, counts: the distinct experts and their rows, in the order of the rows (a single token's slots
-    are not sorted: an expert may come twice). order: int64 [S]. kept: bool [T*K], or None if no slot was
-    dropped.
-    """
-
-    experts: list[int]
-    counts: list[int]
-    order: Tensor
-    kept: Tensor | None
 
 
 def experts_forward(
@@ -88,10 +71,18 @@ def experts_forward(
 
     if hooks is not None and hooks.after_gate_up is None and hooks.after_down is None:
         hooks = None
-    if hooks is not None or rows <= _PHASED_ROWS:
-        result = _phased(hidden, slots, sources, input_scales, weights, activation, hooks, top_k)
+    table, used = weights.products, len(slots.experts)
+    regime = table.regime(rows, used)
+    stacks = weights.stacks
+    # One token is not sorted; and of many experts without rows, grouped_mm still looks at each.
+    if table.grouped[regime] and stacks is not None and hooks is None and tokens > 1 and used * 4 >= len(weights.w13):
+        result = grouped(hidden, slots, sources, input_scales, stacks, activation, table.phased_rows)
     else:
-        result = _by_expert(hidden, slots, sources, input_scales, weights, activation)
+        linear = choose_linear(table.onednn[regime])
+        if hooks is not None or rows <= table.phased_rows:
+            result = phased(hidden, slots, sources, input_scales, weights, activation, linear, hooks, top_k)
+        else:
+            result = by_expert(hidden, slots, sources, input_scales, weights, activation, linear)
 
     if not combine:
         return _scatter(result, slots, scales, output_scale, tokens, top_k)
@@ -100,7 +91,7 @@ def experts_forward(
     return _sum(result, slots, scales, output_scale, tokens, top_k)
 
 
-def _sort(topk_ids: Tensor, num_experts: int) -> _Slots:
+def _sort(topk_ids: Tensor, num_experts: int) -> Slots:
     flat = topk_ids.reshape(-1)
     if topk_ids.size(0) == 1:  # one token: nothing to sort, and lists are faster than tensors
         ids = flat.tolist()
@@ -108,131 +99,17 @@ def _sort(topk_ids: Tensor, num_experts: int) -> _Slots:
         kept = None
         if len(keep) < len(ids):
             kept = (flat >= 0) & (flat < num_experts)
-        return _Slots([ids[i] for i in keep], [1] * len(keep), torch.tensor(keep, dtype=torch.int64), kept)
+        return Slots([ids[i] for i in keep], [1] * len(keep), torch.tensor(keep, dtype=torch.int64), kept)
     inside = (flat >= 0) & (flat < num_experts)
     flat = flat.where(inside, num_experts)  # dropped slots sort behind all experts
     every = torch.bincount(flat, minlength=num_experts + 1).tolist()
     rows = flat.size(0) - every.pop()
     order = torch.argsort(flat, stable=True)[:rows]
     experts = [e for e, count in enumerate(every) if count]
-    return _Slots(experts, [every[e] for e in experts], order, None if rows == flat.size(0) else inside)
+    return Slots(experts, [every[e] for e in experts], order, None if rows == flat.size(0) else inside)
 
 
-def _linear(weights: CpuWeights) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    if not weights.onednn:
-        return F.linear
-    product = torch.ops.mkldnn._linear_pointwise.default
-
-    def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = product(x, weight, bias, "none", [], "")
-        return y
-
-    return onednn
-
-
-def _gather(hidden: Tensor, sources: Tensor | None, scales: Tensor | None, rows: int) -> Tensor:
-    """hidden [T, H] -> its rows `sources` (None: the only row, repeated), times scales [rows, 1] float32."""
-    x = hidden.expand(rows, -1) if sources is None else hidden.index_select(0, sources)
-    return x if scales is None else (x.float() * scales).to(hidden.dtype)
-
-
-def _phased(
-    hidden: Tensor,
-    slots: _Slots,
-    sources: Tensor | None,
-    input_scales: Tensor | None,
-    weights: CpuWeights,
-    activation: Activation,
-    hooks: RunnerHooks | None,
-    top_k: int,
-) -> Tensor:
-    """All first products, one activation, all second products. Returns [S, H] in sorted order."""
-    linear = _linear(weights)
-    w13, w2, bias13, bias2 = weights.w13, weights.w2, weights.bias13, weights.bias2
-    experts, counts = slots.experts, slots.counts
-    x = _gather(hidden, sources, input_scales, slots.order.size(0)).split_with_sizes(counts)
-    gate_up = torch.cat([linear(part, w13[e], bias13[e]) for part, e in zip(x, experts, strict=True)])
-    info = None
-    if hooks is not None:
-        from moe_core.protocols import HookRows
-
-        info = HookRows(
-            hidden_states=hidden,
-            token_ids=slots.order // top_k,
-            slot_ids=slots.order % top_k,
-            expert_ids=torch.repeat_interleave(torch.tensor(experts), torch.tensor(counts)),
-        )
-        if hooks.after_gate_up is not None:
-            hooks.after_gate_up(gate_up, info)
-    inner = activate(gate_up, activation).split_with_sizes(counts)
-    down = torch.cat([linear(part, w2[e], bias2[e]) for part, e in zip(inner, experts, strict=True)])
-    if hooks is not None and info is not None and hooks.after_down is not None:
-        hooks.after_down(down, info)
-    return down
-
-
-def _by_expert(
-    hidden: Tensor,
-    slots: _Slots,
-    sources: Tensor | None,
-    input_scales: Tensor | None,
-    weights: CpuWeights,
-    activation: Activation,
-) -> Tensor:
-    """Expert after expert, so that intermediate results stay in cache. Returns [S, H] in sorted order."""
-    linear = _linear(weights)
-    w13, w2, bias13, bias2 = weights.w13, weights.w2, weights.bias13, weights.bias2
-    counts = slots.counts
-    result = hidden.new_empty((slots.order.size(0), weights.hidden_size))
-    parts = zip(
-        slots.experts,
-        counts,
-        result.split_with_sizes(counts),
-        (None,) * len(counts) if sources is None else sources.split_with_sizes(counts),
-        (None,) * len(counts) if input_scales is None else input_scales.split_with_sizes(counts),
-        strict=True,
-    )
-    for e, count, target, source, scale in parts:
-        gate_up = linear(_gather(hidden, source, scale, count), w13[e], bias13[e])
-        target.copy_(linear(activate(gate_up, activation), w2[e], bias2[e]))
-    return result
-
-
-def activate(x: Tensor, activation: Activation) -> Tensor:
-    """x [rows, 2I] gate, up -> [rows, I], or [rows, I] -> [rows, I], computed in float32. May overwrite x."""
-    wide = x.float()
-    limit = activation.limit
-    if not activation.gated:
-        if limit is not None:
-            wide.clamp_(max=limit)
-        return _FUNCTIONS[activation.name](wide).to(x.dtype)
-    gate, up = torch.chunk(wide, 2, 1)
-    if limit is not None:
-        gate.clamp_(max=limit)
-        up.clamp_(-limit, limit)
-    if activation.name == "swiglu_oai":
-        gate = torch.sigmoid(gate * activation.alpha).mul_(gate)
-        up = up.add_(activation.beta)
-    else:
-        gate = _FUNCTIONS[activation.name](gate)
-    if x.dtype == torch.float32:
-        return gate * up
-    # The product rounds once, while it writes; separate passes would read [rows, I] twice more.
-    return torch.mul(gate, up, out=x.new_empty(up.shape))
-
-
-# Each may overwrite its float32 argument.
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": lambda x: F.silu(x, inplace=True),
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": torch.relu_,
-    "relu2": lambda x: x.relu_().square_(),
-    "identity": lambda x: x,
-}
-
-
-def _sum_one(result: Tensor, slots: _Slots, scales: Tensor | None, output_scale: float) -> Tensor:
+def _sum_one(result: Tensor, slots: Slots, scales: Tensor | None, output_scale: float) -> Tensor:
     """result [S, H] of one token -> [1, H]."""
     wide = result.float()
     if scales is None:
@@ -244,7 +121,7 @@ def _sum_one(result: Tensor, slots: _Slots, scales: Tensor | None, output_scale:
     return total.to(result.dtype)
 
 
-def _sum(result: Tensor, slots: _Slots, scales: Tensor | None, output_scale: float, tokens: int, top_k: int) -> Tensor:
+def _sum(result: Tensor, slots: Slots, scales: Tensor | None, output_scale: float, tokens: int, top_k: int) -> Tensor:
     """result [S, H] sorted by expert -> [T, H]: gather, scale and float32 sum in one pass (an embedding bag
     a token)."""
     order, kept, dtype = slots.order, slots.kept, result.dtype
@@ -273,7 +150,7 @@ def _sum(result: Tensor, slots: _Slots, scales: Tensor | None, output_scale: flo
 
 
 def _scatter(
-    result: Tensor, slots: _Slots, scales: Tensor | None, output_scale: float, tokens: int, top_k: int
+    result: Tensor, slots: Slots, scales: Tensor | None, output_scale: float, tokens: int, top_k: int
 ) -> Tensor:
     """result [S, H] sorted by expert -> [T, K, H], weighted; dropped slots are zero."""
     rows, width = result.shape

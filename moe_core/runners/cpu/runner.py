@@ -34,10 +34,13 @@ class CpuInput:
 
 
 def prepare(weights: CanonicalWeights, binding: Binding) -> CpuWeights:
-    """Pack the weights (option `pack_weights`, on by default), or keep views of them."""
-    pack = binding.options.get("pack_weights", True)
-    if not isinstance(pack, bool):
-        raise WeightError(f"option pack_weights of runner 'cpu' must be True or False, got {pack!r}")
+    """Pack the weights or keep views of them, as option `pack_weights` says."""
+    pack = binding.options.get("pack_weights", "auto")
+    if not isinstance(pack, bool) and pack != "auto":
+        raise WeightError(
+            f"option pack_weights of runner 'cpu' must be True or False, got {pack!r}",
+            hint='or "auto", the default: what is measured to be faster here',
+        )
     return cpu_weights.prepare(
         weights.w13,
         weights.w2,
