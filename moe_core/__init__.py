@@ -40,8 +40,8 @@ from moe_core.topk import BypassedTopK, TopKOutput
 from moe_core.vocabulary import PLUGIN_API, DroppedSlot, IdSpace, Maturity, Owner, Phase, Step
 
 if TYPE_CHECKING:
-    from moe_core.binding import MoePlan
     from moe_core.layer import MoeLayer
+    from moe_core.moe_plan import MoePlan
     from moe_core.routing import route
     from moe_core.weights import CanonicalWeights, canonical_gate_up
 
@@ -104,7 +104,7 @@ __all__ = [
 _LAZY = {
     "CanonicalWeights": "moe_core.weights",
     "MoeLayer": "moe_core.layer",
-    "MoePlan": "moe_core.binding",
+    "MoePlan": "moe_core.moe_plan",
     "canonical_gate_up": "moe_core.weights",
     "route": "moe_core.routing",
 }

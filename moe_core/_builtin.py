@@ -58,7 +58,8 @@ STANDARD_DISPATCHER: Final = DispatcherSpec(
     },
     support=Support(
         devices={"*": ("*",)},
-        features=frozenset({"no_combine"}),
+        tokens=frozenset({"replicated"}),
+        features=frozenset({"no_combine", "compile", "deterministic"}),
         topk_formats=frozenset({TOPK_STANDARD, TOPK_BYPASSED}),
         graph_capture=frozenset(Phase),
     ),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from moe_core.capability import Reason, Support, arch_matches
 from moe_core.request import PlanRequest
+
+#: Must-have features that concern what carries the tokens as well as what computes.
+_CARRIED = frozenset({"compile", "deterministic"})
 
 
 def support_reasons(support: Support, request: PlanRequest, subject: str) -> list[Reason]:
@@ -82,6 +86,19 @@ def _carried(support: Support, request: PlanRequest, subject: str) -> Iterator[R
     if support.dtypes and dtype not in support.dtypes:
         found = _names(support.dtypes)
         yield Reason(subject, "dtype", f"does not carry {dtype}; it carries {found}", dtype, found)
+    tokens = request.parallel.tokens
+    if request.parallel.ep_size > 1 and tokens not in support.tokens:
+        found = _names(support.tokens)
+        yield Reason(
+            subject,
+            "parallel.tokens",
+            f"takes {found} tokens; ranks bring {tokens} ones",
+            found,
+            tokens,
+            hint="say what your ranks bring: ParallelConfig(tokens='replicated') or (tokens='sharded')",
+        )
+    for feature in sorted((request.features & _CARRIED) - support.features):
+        yield Reason(subject, "feature", f"does not declare {feature!r}", feature, _names(support.features))
     if request.config.no_combine and "no_combine" not in support.features:
         message = "returns summed tokens [T, H]; no_combine asks for every slot, [T, K, H]"
         yield Reason(subject, "feature", message, "no_combine", _names(support.features))
@@ -102,9 +119,8 @@ def _parallel(support: Support, request: PlanRequest, subject: str) -> Iterator[
         window = f"{low}..{high}" if high is not None else f">={low}"
         yield Reason(subject, "parallel.ep", f"runs with ep_size {window}, this is {size}", window, str(size))
     experts = request.config.num_experts
-    if support.even_experts and experts % size:
-        needed = f"a multiple of {size}"
-        yield Reason(subject, "parallel.ep", f"{experts} experts cannot be divided evenly over {size} ranks", needed)
+    if support.even_experts and len(set(Counter(request.parallel.owners(experts)).values())) > 1:
+        yield Reason(subject, "parallel.ep", f"the {experts} experts are not spread evenly over {size} ranks", "even")
     placement = request.parallel.placement
     kind = placement if isinstance(placement, str) else "map"
     if size > 1 and kind not in support.placements:

@@ -7,7 +7,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from typing import Any
 
-from moe_core.errors import DependencyError
+from moe_core.errors import BindError, DependencyError, MoeCoreError
 
 
 def load(target: str, *, wanted_by: str) -> Any:
@@ -43,3 +43,14 @@ def find_child(parent: ModuleSpec | None, name: str) -> ModuleSpec | None:
     if parent is None or parent.submodule_search_locations is None:
         return None
     return PathFinder.find_spec(name, list(parent.submodule_search_locations))
+
+
+def call(target: str, wanted_by: str, *arguments: Any) -> Any:
+    """Load `target` and call it. What a plugin's code raises becomes a BindError that names it; ours pass through."""
+    function = load(target, wanted_by=wanted_by)
+    try:
+        return function(*arguments)
+    except MoeCoreError:
+        raise
+    except Exception as error:  # a plugin's code may raise anything
+        raise BindError(f"{wanted_by}: {target} raised {type(error).__name__}: {error}") from error

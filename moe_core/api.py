@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moe_core import hardware as _hardware
 from moe_core.config import MoeConfig, ParallelConfig
@@ -18,8 +19,10 @@ from moe_core.settings import Settings
 from moe_core.vocabulary import TOPK_STANDARD, DroppedSlot, Phase, Step
 
 if TYPE_CHECKING:
-    from moe_core.binding import MoePlan
+    from moe_core.moe_plan import MoePlan
     from moe_core.weights import CanonicalWeights, WeightRequirements
+
+E = TypeVar("E", bound=StrEnum)
 
 
 def detect_hardware(registry: Registry | None = None) -> HardwareInfo:
@@ -57,6 +60,8 @@ def make_request(
 
     hardware: a HardwareInfo, a profile name ("h200"), or None or "detect" for this machine.
     """
+    if parallel is not None and not isinstance(parallel, ParallelConfig):
+        raise ConfigError(f"parallel must be a ParallelConfig, got {parallel!r}", hint="ParallelConfig(ep_size=8, ...)")
     if settings is not None and choices:
         raise ConfigError(f"give settings= or single settings ({', '.join(sorted(choices))}), not both")
     if hardware is None or hardware == "detect":
@@ -67,26 +72,36 @@ def make_request(
         config=config,
         parallel=parallel or ParallelConfig(),
         hardware=hardware,
-        phases=tuple(_phase(phase) for phase in phases),
-        features=frozenset(features),
-        hooks=frozenset(hooks),
-        graph_capture=frozenset(_phase(phase) for phase in graph_capture),
-        no_host_sync=frozenset(_phase(phase) for phase in no_host_sync),
+        phases=tuple(_member(Phase, "phase", p) for p in _sequence(phases)),
+        features=_names(features),
+        hooks=_names(hooks),
+        graph_capture=frozenset(_member(Phase, "phase", p) for p in _names(graph_capture)),
+        no_host_sync=frozenset(_member(Phase, "phase", p) for p in _names(no_host_sync)),
         topk_format=topk_format,
-        incoming=incoming,
-        caller_does=frozenset(caller_does),
-        caller_can=frozenset(caller_can),
+        incoming=_member(DroppedSlot, "incoming", incoming),
+        caller_does=frozenset(_member(Step, "step", step) for step in _names(caller_does)),
+        caller_can=frozenset(_member(Step, "step", step) for step in _names(caller_can)),
         max_tokens=max_tokens,
-        assume=frozenset(assume),
+        assume=_names(assume),
         settings=settings or Settings.load(**choices),
     )
 
 
-def _phase(value: Phase | str) -> Phase:
+def _sequence(values: Iterable[Any]) -> tuple[Any, ...]:
+    # A string is one name, not its letters.
+    return (values,) if isinstance(values, str) else tuple(values)
+
+
+def _names(values: Iterable[Any]) -> frozenset[Any]:
+    return frozenset(_sequence(values))
+
+
+def _member(kind: type[E], what: str, value: Any) -> E:
     try:
-        return Phase(value)
+        return kind(value)
     except ValueError:
-        raise ConfigError(f"unknown phase {value!r}", hint=did_you_mean(str(value), list(Phase))) from None
+        known = [str(member) for member in kind]
+        raise ConfigError(f"unknown {what} {str(value)!r}", hint=did_you_mean(str(value), known)) from None
 
 
 def resolve(
@@ -152,17 +167,28 @@ def plan(
     group: what the dispatcher communicates over (a torch.distributed process group for the core's).
     request: keywords of `make_request`. Raises ConfigError, SelectionError or BindError before any kernel runs.
     """
-    from moe_core.agreement import verify_agreement
+    from moe_core.agreement import everywhere, verify_agreement
     from moe_core.binding import bind
 
-    if hardware is None:
+    if not isinstance(config, MoeConfig) or not hasattr(weights, "w13"):
+        raise ConfigError(
+            f"plan takes a MoeConfig and CanonicalWeights, got {type(config).__name__} and {type(weights).__name__}",
+            hint="moe_core.preset('olmoe') or MoeConfig.from_hf(dir); CanonicalWeights(w13=..., w2=...)",
+        )
+
+    def choose() -> tuple[Resolution, Registry]:
         # The weights say where the layer runs: on a machine with a GPU they may still be on the CPU.
-        hardware = _hardware.detect_cpu() if weights.device.type == "cpu" else detect_hardware(registry)
-    made = make_request(config, parallel, hardware, registry=registry, **request)
-    if made.assume:
-        raise BindError("assume= is for explaining hardware that is not here; a plan can take nothing for granted")
-    registry = registry or default_registry(made.settings)
-    resolution = resolve_request(made, registry)
+        where = hardware
+        if where is None:
+            where = _hardware.detect_cpu() if weights.device.type == "cpu" else detect_hardware(registry)
+        made = make_request(config, parallel, where, registry=registry, **request)
+        if made.assume:
+            raise BindError("assume= is for explaining hardware that is not here; a plan can take nothing for granted")
+        installed = registry or default_registry(made.settings)
+        return resolve_request(made, installed), installed
+
+    # A rank that fails takes the others along with an error; they would wait for it in the first collective.
+    resolution, installed = everywhere(group, choose)
     if group is not None:
         verify_agreement(resolution, group)
-    return bind(resolution, weights, registry, group=group)
+    return everywhere(group, lambda: bind(resolution, weights, installed, group=group))

@@ -50,6 +50,7 @@ REASON_CODES: Final[Mapping[str, str]] = {
     "shape.max_tokens": "max_tokens is needed, or too large",
     "topk.format": "does not take the router's decision in this form",
     "parallel.ep": "this EP size is not supported",
+    "parallel.tokens": "takes tokens laid out over the ranks in another way",
     "parallel.placement": "this expert placement is not supported",
     "feature": "a must-have feature is not declared",
     "feature.host_sync": "synchronizes with the host where that was excluded",
@@ -57,6 +58,7 @@ REASON_CODES: Final[Mapping[str, str]] = {
     "contract.id_space": "no id space that both sides know",
     "contract.dropped": "no encoding of dropped slots that both sides know",
     "contract.payload": "no payload that both sides know",
+    "contract.layout": "no weight layout serves every path of the plan",
     "contract.extras": "the dispatcher does not offer what the runner asks for",
     "contract.ids_dtype": "no dtype of the ids that both sides know",
     "step.never": "a step of the layer would be done by nobody",
@@ -203,7 +205,8 @@ class Support:
     features: open strings; those the core derives from a layer are `bias`, `router_weight_on_input` and
     `no_combine`; callers may require `compile`, `deterministic`, `lora`, `inplace` and plugins' own.
     graph_capture, host_sync: the phases in which it can be captured in a device graph / synchronizes the host.
-    even_experts: every EP rank must hold the same number of experts.
+    even_experts: every EP rank must hold the same number of experts. tokens: how a dispatcher or fused path takes them
+    with EP: "replicated" (every rank brings all tokens) or "sharded" (each brings its own).
     Of a dispatcher, `dtypes` limit it only where they are given, and the feature `no_combine` means that it can
     return every slot of a token.
     hooks: hook points it calls, for LoRA: "after_gate_up", "after_down".
@@ -233,6 +236,7 @@ class Support:
     ep_sizes: tuple[int, int | None] = (1, None)
     placements: frozenset[str] = frozenset({"linear", "round_robin", "map"})
     even_experts: bool = False
+    tokens: frozenset[str] = frozenset()
     requires: tuple[Requires, ...] = field(default=())
 
     def __post_init__(self) -> None:

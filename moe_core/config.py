@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -112,6 +113,18 @@ class MoeConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"MoeConfig.{name} must be a positive integer, got {value!r}")
+        if isinstance(self.activation, str) or isinstance(self.routing, str):
+            raise ConfigError(
+                f"MoeConfig takes activation=Activation(...) and routing=RoutingConfig(...), "
+                f"got {self.activation!r} and {self.routing!r}",
+                hint="activation=moe_core.Activation(name='silu'), routing=moe_core.RoutingConfig(method='softmax')",
+            )
+        # A torch.dtype is taken by its name, without importing torch.
+        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        factor = float(self.routed_scaling_factor)
+        if not math.isfinite(factor):
+            raise ConfigError(f"routed_scaling_factor must be finite, got {self.routed_scaling_factor!r}")
+        object.__setattr__(self, "routed_scaling_factor", factor)
         if self.top_k > self.num_experts:
             raise ConfigError(f"MoeConfig.top_k is {self.top_k}, but there are only {self.num_experts} experts")
         if self.dtype not in DTYPES:
@@ -152,8 +165,9 @@ class ParallelConfig:
     TP divides `intermediate_size`; EP divides the experts. `placement` says which EP rank owns which expert:
     `linear` (contiguous blocks; the first ranks take the remainder), `round_robin` (expert e on rank e % ep_size), or
     a tuple with the owning rank of every global expert. The local id of an expert is its position among the experts of
-    its rank in ascending global id. `reduce` says who sums over EP and TP ranks: the `dispatcher` (then the plan
-    needs a process group) or the `caller`.
+    its rank in ascending global id. `tokens` says what a rank brings with EP: `replicated`, all tokens (then results
+    are summed), or `sharded`, its own (as with DP attention; then tokens travel). `reduce` says who sums over EP and
+    TP ranks: the `dispatcher` (then the plan needs a process group) or the `caller`.
     """
 
     tp_size: int = 1
@@ -161,11 +175,14 @@ class ParallelConfig:
     ep_size: int = 1
     ep_rank: int = 0
     placement: str | tuple[int, ...] = "linear"
+    tokens: str = "replicated"
     reduce: str = "dispatcher"
 
     def __post_init__(self) -> None:
         for kind in ("tp", "ep"):
             size, rank = getattr(self, f"{kind}_size"), getattr(self, f"{kind}_rank")
+            if not isinstance(size, int) or not isinstance(rank, int):
+                raise ConfigError(f"{kind}_size and {kind}_rank must be integers, got {size!r} and {rank!r}")
             if size < 1 or not 0 <= rank < size:
                 raise ConfigError(f"{kind}_rank must be in [0, {kind}_size), got rank {rank} of {size}")
         if isinstance(self.placement, str):
@@ -180,6 +197,11 @@ class ParallelConfig:
             bad = sorted({r for r in self.placement if not 0 <= int(r) < self.ep_size})
             if bad:
                 raise ConfigError(f"placement names ranks {bad}, but ep_size is {self.ep_size}")
+        if self.tokens not in ("replicated", "sharded"):
+            raise ConfigError(
+                f"tokens must be 'replicated' or 'sharded', got {self.tokens!r}",
+                hint=did_you_mean(str(self.tokens), ("replicated", "sharded")),
+            )
         if self.reduce not in ("dispatcher", "caller"):
             raise ConfigError(
                 f"reduce must be 'dispatcher' or 'caller', got {self.reduce!r}",

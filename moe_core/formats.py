@@ -24,7 +24,8 @@ class StandardDispatchOutput:
     hidden_states: [rows, H]. topk_ids: [rows, K] in the agreed id space and dtype. topk_weights: float32 [rows, K].
     Both are None where the router is bypassed (`router_logits` [rows, E] then). num_valid: int32 device scalar; rows at
     and above it are padding. host_counts: rows of each local expert, where agreed. expert_map: int32 [E], global ->
-    local or -1; expert_mask: int32 [E], 1 for local experts (E + 1 entries, the last 0, with the sink encoding).
+    local or -1; expert_mask: int32 over the agreed id space ([E] or [E_local]), 1 for local experts, and one more
+    entry, 0, with the sink encoding.
     """
 
     hidden_states: Tensor

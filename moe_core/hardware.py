@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from moe_core.errors import ConfigError, did_you_mean
 from moe_core.vocabulary import DeviceType
@@ -84,12 +84,12 @@ def profile(name: str) -> HardwareInfo:
         ) from None
 
 
-def detect() -> HardwareInfo:
-    """The device that torch sees first: a GPU where there is one, else this CPU. Imports torch."""
+def detect(device: Any = None) -> HardwareInfo:
+    """A GPU (`device`, or torch's current one) where there is one, else this CPU. Imports torch."""
     import torch
 
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        properties = torch.cuda.get_device_properties(device if device is not None else torch.cuda.current_device())
         hip = torch.version.hip
         if hip is not None:
             arch, kind, runtime = properties.gcnArchName.split(":")[0], "rocm", f"ROCm {hip}"

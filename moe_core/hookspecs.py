@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 import pluggy
 
 if TYPE_CHECKING:
-    from moe_core.binding import MoePlan
     from moe_core.doctor import DoctorCheck
     from moe_core.hardware import HardwareInfo
+    from moe_core.moe_plan import MoePlan
     from moe_core.quant import QuantScheme
     from moe_core.request import PlanRequest
     from moe_core.resolution import Candidate, PriorityNote, Resolution

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_core.api import plan as make_plan
-from moe_core.binding import MoePlan
 from moe_core.config import MoeConfig, ParallelConfig
 from moe_core.errors import ConfigError, ContractViolation
+from moe_core.moe_plan import MoePlan
 from moe_core.protocols import RunningState
 from moe_core.routing import route
 from moe_core.topk import AnyTopK, BypassedTopK, TopKOutput
@@ -75,7 +75,7 @@ class MoeLayer(nn.Module):
         return result
 
     def forward(
-        self, hidden_states: Tensor, *, phase: Phase = Phase.PREFILL, state: RunningState | None = None
+        self, hidden_states: Tensor, *, phase: Phase | None = None, state: RunningState | None = None
     ) -> Tensor:
         """[..., H] -> [..., H] ([..., K, H] with no_combine)."""
         if hidden_states.shape[-1] != self.config.hidden_size:
@@ -83,9 +83,12 @@ class MoeLayer(nn.Module):
                 f"hidden_states has shape {tuple(hidden_states.shape)}, expected [..., {self.config.hidden_size}]"
             )
         rows = hidden_states.reshape(-1, self.config.hidden_size)
+        # Before the plan: it may write its result over the rows.
+        shared = self.shared_experts(rows) if self.shared_experts is not None else None
+        given = state is not None and state.output is not None
         result = self.plan(rows, self.route(rows), phase=phase, state=state)
-        if self.shared_experts is not None:
-            result = result + self.shared_experts(rows)
+        if shared is not None:
+            result = result.add_(shared) if given else result + shared
         return result.reshape(*hidden_states.shape[:-1], *result.shape[1:])
 
     @torch.no_grad()

@@ -55,11 +55,12 @@ class RunnerHooks:
 class RunningState:
     """One call's own state, passed through every step. Nothing outlives the call in a component.
 
-    output: write the result here (a runner with the feature `inplace` accepts the input itself). overlap: arguments
-    for kernels that overlap with communication, understood by the pair that exchanges them. private: the backend's.
+    phase: completed by the plan where it is None. output: write the result here (a runner with the feature `inplace`
+    accepts the input itself). overlap: arguments for kernels that overlap with communication, understood by the pair
+    that exchanges them. private: the backend's.
     """
 
-    phase: Phase = Phase.PREFILL
+    phase: Phase | None = None
     hooks: RunnerHooks | None = None
     output: Tensor | None = None
     overlap: Any = None
@@ -73,11 +74,12 @@ class Binding:
 
     request: what the plan was made for (phases, graph capture, ...); its most used parts stand beside it.
     format and terms: of the path being bound (for a runner's own factory and its `prepare`: of the first path; a fused
-    path has none).
-    all_terms: the terms of every path of the plan. incoming: how the caller writes dropped slots. group: what the
-    caller passed for communication (a torch.distributed ProcessGroup for the core's dispatchers). runner: the runner
-    core, for adapters and fused funcs. options: the settings for this component by name. max_tokens: the most tokens
-    one call brings, or None. num_local_experts and local_intermediate_size are the rank's own, without padding.
+    path has none). all_terms: the terms of every path of the plan. incoming: how the caller writes dropped slots.
+    group: what the caller passed for communication (a torch.distributed ProcessGroup for the core's dispatchers).
+    layouts: weight layouts that serve every path of the plan; `prepare` returns one of them. runner: the runner core,
+    for adapters and fused funcs. quant_info: the prepared weights, for dispatchers that quantize with them. options:
+    the settings for this component by name. max_tokens: the most tokens one call of this rank brings, or None.
+    num_local_experts and local_intermediate_size are the rank's own, without padding.
     """
 
     request: PlanRequest
@@ -96,7 +98,9 @@ class Binding:
     max_tokens: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     group: Any = None
+    layouts: frozenset[str] = frozenset()
     runner: Any = None
+    quant_info: Any = None
 
 
 class QuantInfo(Protocol):

@@ -62,6 +62,7 @@ class Candidate:
     fused_path: str | None = None
     notes: tuple[PriorityNote, ...] = ()
     measured_ms: float | None = None
+    layouts: frozenset[str] = frozenset()
 
     @property
     def kind(self) -> str:
@@ -145,12 +146,21 @@ class Resolution:
         request = self.request.to_json()
         for rank in ("ep_rank", "tp_rank"):
             request["parallel"].pop(rank)
-        request["hardware"] = {k: request["hardware"][k] for k in ("device_type", "arch", "product")}
-        # How the choice came about may differ between ranks; what it is may not. Options change what runs.
-        request["settings"] = {"options": request["settings"]["options"]}
+        # The product's name may differ between ranks that run the same code.
+        request["hardware"] = {k: request["hardware"][k] for k in ("device_type", "arch")}
+        # How the choice came about may differ between ranks; what it is may not. Its options change what runs.
+        names = (chosen.runner, chosen.dispatcher) if chosen else ()
+        options = request["settings"]["options"]
+        request["settings"] = {"options": {name: options[name] for name in names if name in options}}
         content = {
             "request": request,
-            "choice": None if chosen is None else [chosen.id, [[p, c.format, plain(c.terms)] for p, c in chosen.paths]],
+            "choice": None
+            if chosen is None
+            else [
+                chosen.id,
+                sorted(chosen.layouts),
+                [[p, c.format, plain(c.terms), c.spec.targets] for p, c in chosen.paths],
+            ],
             "versions": dict(sorted(self.versions.items())),
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()[:16]

@@ -5,12 +5,13 @@ Components are judged first and pairs only among those that can serve, so that a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from moe_core import _checks, _lazy
 from moe_core.capability import Reason
 from moe_core.request import PlanRequest
-from moe_core.resolution import Candidate, Component, PathChoice, Rejected, Resolution, Verdict
+from moe_core.resolution import Candidate, Component, PathChoice, PriorityNote, Rejected, Resolution, Verdict
 from moe_core.specs import (
     AdapterSpec,
     DispatcherSpec,
@@ -64,7 +65,7 @@ def resolve(request: PlanRequest, registry: Registry, measurements: Measurements
         tuple(ranked),
         tuple(rejected),
         (*_notes(ranked, request, registry), *dict.fromkeys(failures)),
-        _versions(ranked, registry),
+        _versions(ranked, request, registry),
     )
 
 
@@ -193,7 +194,14 @@ def _join(
             (maturity_on(s.maturity, request.hardware.arch) for s in (dispatcher, runner)),
             key=list(Maturity).index,
         )
-        candidate = Candidate(dispatcher.name, runner.name, paths, dispatcher.priority + runner.priority, maturity)
+        layouts = frozenset.intersection(runner.layouts, *(c.spec.layouts or runner.layouts for _, c in paths))
+        if not layouts:
+            wanted = "; ".join(f"{c.format}: {', '.join(sorted(c.spec.layouts or ()))}" for _, c in paths)
+            reason = Reason(f"path:{pair}", "contract.layout", f"no weight layout serves all phases ({wanted})")
+            rejected.append(Rejected(pair, (reason,)))
+            continue
+        priority = dispatcher.priority + runner.priority
+        candidate = Candidate(dispatcher.name, runner.name, paths, priority, maturity, layouts=layouts)
         if candidate not in candidates:
             candidates.append(candidate)
 
@@ -268,7 +276,15 @@ def _whole(
     runner = registry.runners[spec.runner]
     maturity = maturity_on(spec.maturity, request.hardware.arch)
     candidates.append(
-        Candidate(spec.name, spec.runner, (), spec.priority + runner.priority, maturity, fused_path=spec.name)
+        Candidate(
+            spec.name,
+            spec.runner,
+            (),
+            spec.priority + runner.priority,
+            maturity,
+            fused_path=spec.name,
+            layouts=runner.layouts,
+        )
     )
 
 
@@ -283,18 +299,17 @@ def _rank(
     judged = []
     for candidate in candidates:
         notes = []
-        for _, note in registry.call("moe_core_adjust_priority", failures, request=request, candidate=candidate):
-            notes.append(note)
+        for record, note in registry.call("moe_core_adjust_priority", failures, request=request, candidate=candidate):
+            if isinstance(note, PriorityNote):
+                notes.append(note)
+            else:
+                failures.append(f"plugin {record.name!r} adjusted a priority with {note!r}, which is no PriorityNote")
         judged.append(
-            Candidate(
-                candidate.dispatcher,
-                candidate.runner,
-                candidate.paths,
-                candidate.priority + sum(n.delta for n in notes),
-                candidate.maturity,
-                candidate.fused_path,
-                tuple(notes),
-                measurements.score(request, candidate.id) if measurements is not None else None,
+            replace(
+                candidate,
+                priority=candidate.priority + sum(n.delta for n in notes),
+                notes=tuple(notes),
+                measured_ms=measurements.score(request, candidate.id) if measurements is not None else None,
             )
         )
     order = {"whole": 0, "fused": 1, "mixed": 2, "split": 3}
@@ -340,10 +355,19 @@ def _notes(ranked: list[Candidate], request: PlanRequest, registry: Registry) ->
     return notes
 
 
-def _versions(ranked: list[Candidate], registry: Registry) -> dict[str, str | None]:
+def _versions(ranked: list[Candidate], request: PlanRequest, registry: Registry) -> dict[str, str | None]:
+    """The versions of every plugin that has a part in the choice."""
     if not ranked:
         return {}
     chosen = ranked[0]
     kind = "fused path" if chosen.fused_path else "dispatcher"
-    owners = {registry.owner("runner", chosen.runner), registry.owner(kind, chosen.dispatcher)}
+    owners = {
+        registry.owner("runner", chosen.runner),
+        registry.owner(kind, chosen.dispatcher),
+        registry.owner("quant scheme", request.config.scheme),
+        *(
+            registry.owner("fused func" if choice.kind == "fused" else "adapter", (choice.format, chosen.runner))
+            for _, choice in chosen.paths
+        ),
+    }
     return {owner: registry.version_of(owner) for owner in sorted(owners)}

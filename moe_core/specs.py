@@ -126,6 +126,7 @@ class Terms:
 class DispatcherSpec:
     """A dispatcher. `formats` says which format it gives in each phase, `offers` its offer in each format.
 
+    split_phases: it has `dispatch_begin`, `dispatch_finish`, `combine_begin` and `combine_finish` (AsyncDispatcher).
     maturity: architecture window -> how it was verified there. why_not: target of an import-free function
     (request, subject) -> list[Reason], for rules that `Support` cannot express.
     """
@@ -139,6 +140,7 @@ class DispatcherSpec:
     priority: int = 100
     maturity: Mapping[str, Maturity] = field(default_factory=FrozenDict)
     options: Mapping[str, str] = field(default_factory=FrozenDict)
+    split_phases: bool = False
     why_not: str | None = None
 
     def __post_init__(self) -> None:
@@ -211,7 +213,8 @@ class AdapterSpec:
     """The two adapters of one (format, runner): pre(binding) -> pre-permute, post(binding) -> post-permute.
 
     An adapter belongs to the runner's plugin, or to anyone who can write it. Several `wants` are alternatives; the
-    first for which terms can be agreed counts.
+    first for which terms can be agreed counts. layouts: those of the runner's weight layouts that it takes (None: all);
+    a plan with several paths needs one that serves them all.
     """
 
     runner: BackendName
@@ -219,6 +222,7 @@ class AdapterSpec:
     pre: str
     post: str
     wants: Wants | tuple[Wants, ...]
+    layouts: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
         _check("adapter for runner", self.runner, self.pre, self.post)
@@ -235,12 +239,14 @@ class FusedSpec:
     """A fused func for one (format, runner): target(binding) -> callable replacing pre-permute, run, post-permute.
 
     gives_up: features and hook points that the runner has and the fused func has not ("after_gate_up", ...).
+    layouts: as for an adapter.
     """
 
     runner: BackendName
     format: FormatId
     target: str
     wants: Wants | tuple[Wants, ...]
+    layouts: frozenset[str] | None = None
     gives_up: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:

@@ -49,6 +49,10 @@ class CanonicalWeights:
     w13_input_scale: Tensor | None = None
     w2_input_scale: Tensor | None = None
 
+    def detach(self) -> CanonicalWeights:
+        """The same tensors without gradients."""
+        return CanonicalWeights(**{name: tensor.detach() for name, tensor in self.tensors().items()})
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -102,14 +106,24 @@ class CanonicalWeights:
         if config.bias:
             floats = ("bfloat16", "float16", "float32", "float64")
             check("w13_bias", (experts, rows), floats, " (MoeConfig.bias is set)")
-            if parallel.tp_rank == 0 or self.w2_bias is not None:
+            if parallel.tp_rank == 0:
                 check("w2_bias", (experts, hidden), floats, " (MoeConfig.bias is set)")
+            if parallel.tp_rank > 0 and self.w2_bias is not None:
+                problems.append(
+                    "w2_bias was given on a TP rank above 0: partial results are summed, it would count twice"
+                )
         elif self.w13_bias is not None or self.w2_bias is not None:
             problems.append("biases were given, but MoeConfig.bias is False")
+        for name in ("w13_input_scale", "w2_input_scale"):
+            tensor = getattr(self, name)
+            if tensor is not None and not scheme.static_activation:
+                problems.append(f"{name} was given, but scheme {scheme.id!r} has no static activation scales")
+            elif tensor is not None and tuple(tensor.shape) not in ((experts,), (experts, 1)):
+                problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {(experts,)}")
         for name, tensor in self.tensors().items():
             if tensor.device != self.device:
                 problems.append(f"{name} is on {tensor.device}, but w13 is on {self.device}")
-            if tensor.layout is torch.strided and not tensor.is_contiguous():
+            if tensor.layout is torch.strided and not tensor.is_contiguous() and not any(name in p for p in problems):
                 problems.append(f"{name} is not contiguous (strides {tensor.stride()}); call .contiguous()")
         if problems:
             raise WeightError(
@@ -144,8 +158,11 @@ class CanonicalWeights:
             dtype = str(scale.dtype).removeprefix("torch.")
             if not dtype.startswith((scheme.scale.storage_dtype, scheme.scale.dtype)):
                 problems.append(f"{name}_scale is {scale.dtype}, expected {scheme.scale.storage_dtype}")
-        if scheme.global_scale and getattr(self, f"{name}_global_scale") is None:
+        two_level = getattr(self, f"{name}_global_scale")
+        if scheme.global_scale and two_level is None:
             problems.append(f"{name}_global_scale is missing: scheme {scheme.id!r} has two levels of scales")
+        elif two_level is not None and tuple(two_level.shape) not in ((experts,), (experts, 1), (experts, parts)):
+            problems.append(f"{name}_global_scale has shape {tuple(two_level.shape)}, expected {(experts, parts)}")
         zero = getattr(self, f"{name}_zero")
         if zero is not None and not scheme.zero_points:
             problems.append(f"{name}_zero was given, but scheme {scheme.id!r} has no zero points")

@@ -18,7 +18,7 @@ from moe_core.topk import TopKOutput
 from moe_core.weights import CanonicalWeights, torch_dtype
 
 if TYPE_CHECKING:
-    from moe_core.binding import MoePlan
+    from moe_core.moe_plan import MoePlan
 
 #: Different tokens and routings of one size, so that no call finds the rows of the last one in a cache.
 VARIANTS: Final = 4

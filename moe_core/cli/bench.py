@@ -24,7 +24,7 @@ from moe_core.resolution import Candidate
 if TYPE_CHECKING:
     import torch
 
-    from moe_core.binding import MoePlan
+    from moe_core.moe_plan import MoePlan
     from moe_core.weights import CanonicalWeights
 
 GIB: Final = 1024**3

@@ -28,8 +28,14 @@ def expert_map(binding: Binding) -> Tensor:
 
 
 def expert_mask(binding: Binding, *, sink: bool) -> Tensor:
-    """int32 [E] (or [E + 1] with a sink slot, whose entry is 0): 1 for the experts of this rank."""
-    mask = (expert_map(binding) >= 0).to(torch.int32)
+    """int32 over the agreed id space, 1 for the experts of this rank: [E] for global ids, [E_local] for local ones.
+
+    With the sink encoding it has one more entry, 0.
+    """
+    if binding.terms is not None and binding.terms.id_space is IdSpace.LOCAL:
+        mask = torch.ones(binding.num_local_experts, dtype=torch.int32, device=binding.device)
+    else:
+        mask = (expert_map(binding) >= 0).to(torch.int32)
     return torch.cat([mask, mask.new_zeros(1)]) if sink else mask
 
 
@@ -67,7 +73,8 @@ class StandardDispatcher:
                 handle=self._handle(None, None, state) if self._touches else None,
             )
         ids, weights = topk_output.topk_ids, topk_output.topk_weights
-        # -1 finds the table's last entry, and so does the sink id: both are "dropped".
+        # -1 finds the table's last entry, and so does the sink id: both are "dropped". Any other id outside the id
+        # space is the caller's error, found by MOE_CORE_CHECK=1.
         ids = self._table[ids] if self._table is not None else ids.to(self._ids_dtype)
         return StandardDispatchOutput(
             hidden_states,

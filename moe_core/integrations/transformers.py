@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_core.api import plan as make_plan
-from moe_core.binding import MoePlan
 from moe_core.errors import BindError, ConfigError, ContractViolation, LayoutMismatch, WeightError
 from moe_core.integrations._modules import is_plain, read_layer, read_sources, read_weights
+from moe_core.moe_plan import MoePlan
 from moe_core.topk import TopKOutput
 
 NAME: Final = "moe_core"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_core.config import MoeConfig
+from moe_core.errors import ContractViolation
 from moe_core.formats import (
     BatchedCombineInput,
     BatchedDispatchOutput,
@@ -64,47 +65,57 @@ class ReferenceRunner:
 
     def run(self, runner_input: ReferenceInput, quant_info: ReferenceWeights, state: RunningState) -> Tensor:
         """-> [N, K, H] in the compute dtype; rows of dropped slots are zero."""
-        ids, compute = runner_input.expert_ids, self._compute
-        rows = runner_input.rows.to(compute)
+        ids, weights = runner_input.expert_ids, quant_info.weights
+        rows = runner_input.rows.to(self._compute)
         result = rows.new_zeros(*ids.shape, self._binding.config.hidden_size)
-        on_input = self._binding.config.router_weight_on_input
-        for expert in torch.unique(ids[ids >= 0]).tolist():
-            token, slot = (ids == expert).nonzero(as_tuple=True)
-            x = rows[token]
-            if on_input and runner_input.weights is not None:
-                x = x * runner_input.weights[token, slot, None].to(compute)
-            hook_rows = HookRows(runner_input.rows, token, slot, torch.full_like(token, expert))
-            result[token, slot] = self._expert(x, expert, quant_info.weights, state.hooks, hook_rows)
-        return result
-
-    def _expert(
-        self, x: Tensor, expert: int, weights: CanonicalWeights, hooks: RunnerHooks | None, rows: HookRows
-    ) -> Tensor:
-        hidden = self._linear(x, "w13", expert, weights)
+        token, slot = (ids >= 0).nonzero(as_tuple=True)
+        order = torch.argsort(ids[token, slot], stable=True)
+        token, slot = token[order], slot[order]
+        expert = ids[token, slot]
+        # (expert, its rows) of every expert that has any.
+        parts = [(int(e), (expert == e).nonzero().squeeze(1)) for e in torch.unique(expert).tolist()]
+        x = rows[token]
+        if self._binding.config.router_weight_on_input and runner_input.weights is not None:
+            x = x * runner_input.weights[token, slot, None].to(self._compute)
+        hook_rows = HookRows(runner_input.rows, token, slot, expert)
+        hooks: RunnerHooks | None = state.hooks if token.numel() else None
+        hidden = self._linear(x, "w13", parts, weights)
         if hooks is not None and hooks.after_gate_up is not None:
-            hooks.after_gate_up(hidden, rows)
+            hooks.after_gate_up(hidden, hook_rows)
         hidden = apply_activation(hidden, self._binding.config.activation)
-        result = self._linear(hidden, "w2", expert, weights)
+        down = self._linear(hidden, "w2", parts, weights)
         if hooks is not None and hooks.after_down is not None:
-            hooks.after_down(result, rows)
+            hooks.after_down(down, hook_rows)
+        result[token, slot] = down
         return result
 
-    def _linear(self, x: Tensor, name: str, expert: int, weights: CanonicalWeights) -> Tensor:
-        def part(suffix: str) -> Tensor | None:
-            tensor = getattr(weights, f"{name}_{suffix}")
-            return None if tensor is None else tensor[expert]
-
+    def _linear(self, x: Tensor, name: str, parts: list[tuple[int, Tensor]], weights: CanonicalWeights) -> Tensor:
+        """x: [S, K] -> [S, N], each row by the matrix of its expert."""
         scheme, config = self._binding.scheme, self._binding.config
-        data = getattr(weights, name)[expert]
-        if scheme.scale is None:
-            matrix = data.to(self._compute)
-        else:
-            quantized = QuantizedTensor(data, part("scale"), part("zero"), part("global_scale"))
-            matrix = dequantize(quantized, scheme, group_size=config.group_size, dtype=self._compute)
-        if self._payload is not None:
-            x = roundtrip_activation(x.float(), self._payload, scale=part("input_scale")).to(self._compute)
-        bias = part("bias")
-        return torch.nn.functional.linear(x, matrix, None if bias is None else bias.to(self._compute))
+        static = getattr(weights, f"{name}_input_scale")
+        if self._payload is not None and static is None:
+            # One tensor of all live rows: a scale of a whole tensor must not depend on how rows are grouped.
+            x = roundtrip_activation(x.float(), self._payload).to(self._compute)
+        width = getattr(weights, name).shape[1]
+        result = x.new_empty(x.shape[0], width)
+        for expert, rows in parts:
+
+            def part(suffix: str, expert: int = expert) -> Tensor | None:
+                tensor = getattr(weights, f"{name}_{suffix}")
+                return None if tensor is None else tensor[expert]
+
+            data, given = getattr(weights, name)[expert], x[rows]
+            if scheme.scale is None:
+                matrix = data.to(self._compute)
+            else:
+                quantized = QuantizedTensor(data, part("scale"), part("zero"), part("global_scale"))
+                matrix = dequantize(quantized, scheme, group_size=config.group_size, dtype=self._compute)
+            if self._payload is not None and static is not None:
+                given = roundtrip_activation(given.float(), self._payload, scale=static[expert]).to(self._compute)
+            bias = part("bias")
+            bias = None if bias is None else bias.to(self._compute)
+            result[rows] = torch.nn.functional.linear(given, matrix, bias)
+        return result
 
 
 def _terms(binding: Binding) -> Terms:
@@ -170,6 +181,7 @@ def pre_batched(binding: Binding) -> Callable[..., ReferenceInput]:
     terms = _terms(binding)
 
     def pre(d: BatchedDispatchOutput, q: ReferenceWeights, c: MoeConfig, s: RunningState) -> ReferenceInput:
+        _need_row_weights(terms, d.row_weights, "batched")
         experts, m = d.hidden_states.shape[:2]
         row = torch.arange(m, device=d.masked_m.device)
         expert = torch.arange(experts, device=d.masked_m.device)[:, None]
@@ -200,6 +212,7 @@ def pre_grouped(binding: Binding) -> Callable[..., ReferenceInput]:
     terms = _terms(binding)
 
     def pre(d: GroupedDispatchOutput, q: ReferenceWeights, c: MoeConfig, s: RunningState) -> ReferenceInput:
+        _need_row_weights(terms, d.row_weights, "grouped")
         row = torch.arange(d.hidden_states.shape[0], device=d.offsets.device)
         expert = torch.searchsorted(d.offsets[1:].contiguous().long(), row, right=True)
         ids = torch.where(row < d.offsets[-1], expert, -1)
@@ -223,6 +236,11 @@ def post_grouped(binding: Binding) -> Callable[..., GroupedCombineInput]:
         return GroupedCombineInput(rows.to(binding.dtype), d.handle)
 
     return post
+
+
+def _need_row_weights(terms: Terms, weights: Tensor | None, format_id: str) -> None:
+    if weights is None and terms.runner_does(Step.ROUTER_WEIGHT):
+        raise ContractViolation(f"the runner multiplies by the router's weight, but the {format_id} rows carry none")
 
 
 def _row_steps(binding: Binding) -> Callable[[Tensor, Tensor | None, Tensor], Tensor]:

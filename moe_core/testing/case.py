@@ -19,7 +19,7 @@ from moe_core.vocabulary import BATCHED, GROUPED, STANDARD
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_core.binding import MoePlan
+    from moe_core.moe_plan import MoePlan
     from moe_core.quant import QuantScheme
     from moe_core.registry import Registry
     from moe_core.testing.layers import Layer

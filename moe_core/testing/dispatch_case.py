@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from moe_core.api import plan as make_plan
-from moe_core.binding import MoePlan
 from moe_core.config import MoeConfig, ParallelConfig
 from moe_core.errors import SelectionError
+from moe_core.moe_plan import MoePlan
 from moe_core.quant import BUILTIN_SCHEMES, roundtrip_activation
 from moe_core.settings import Settings
 from moe_core.specs import Offers, Wants

@@ -40,7 +40,8 @@ def _spec(format_id: str, factory: str, summary: str, extras: frozenset[str]) ->
         },
         support=Support(
             devices={"*": ("*",)},
-            features=frozenset({"no_combine"}),
+            tokens=frozenset({"replicated"}),
+            features=frozenset({"no_combine", "deterministic"}),
             # Counts on the host cannot be had without waiting for the device.
             graph_capture=frozenset() if "host_counts" in extras else frozenset(Phase),
             host_sync=frozenset(Phase) if "host_counts" in extras else frozenset(),

@@ -134,7 +134,9 @@ def _extras(d: Any, binding: Binding, terms: Terms, local: Tensor) -> None:
     experts = binding.config.num_experts
     table = torch.full((experts,), -1, dtype=torch.int32, device=binding.device)
     table[local] = torch.arange(len(local), dtype=torch.int32, device=binding.device)
-    mask = (table >= 0).to(torch.int32)
+    mask = (
+        torch.ones_like(local, dtype=torch.int32) if terms.id_space is IdSpace.LOCAL else (table >= 0).to(torch.int32)
+    )
     if terms.dropped is DroppedSlot.SINK:
         mask = torch.cat([mask, mask.new_zeros(1)])
     for name, wanted in (("expert_map", table), ("expert_mask", mask)):

@@ -18,8 +18,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import moe_core.integrations.transformers as bridge
-from moe_core.binding import MoePlan
 from moe_core.errors import BindError
+from moe_core.moe_plan import MoePlan
 
 Make = Callable[..., Any]
 OPTIONS: dict[str, dict[str, Any]] = {

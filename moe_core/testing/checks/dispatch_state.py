@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_core.binding import MoePlan
+from moe_core.moe_plan import MoePlan
 from moe_core.protocols import RunningState
 from moe_core.testing import probe
 from moe_core.testing.case import Case

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from moe_core import _lazy
-from moe_core.binding import replace_binding
 from moe_core.protocols import RunningState
 from moe_core.specs import AdapterSpec
 from moe_core.testing.case import Case, Setup
@@ -55,7 +55,7 @@ def steps_in_flight(case: Case) -> None:
         raise CheckSkipped("a fused func has no steps to interleave")
     calls = _calls(setup)
     plan = setup.plan(calls[0].weights)
-    binding = replace_binding(plan._binding, format=spec.format, terms=plan.terms[spec.format])
+    binding = replace(plan._binding, format=spec.format, terms=plan.terms[spec.format])
     pre, post = (_lazy.load(target, wanted_by=case.component.id)(binding) for target in (spec.pre, spec.post))
     states = [RunningState() for _ in calls]
     values: list[Any] = [plan.dispatcher.dispatch(c.hidden, c.topk, s) for c, s in zip(calls, states, strict=True)]

@@ -6,8 +6,8 @@ import torch
 
 from moe_core import _contract
 from moe_core.api import plan as make_plan
-from moe_core.binding import MoePlan
 from moe_core.errors import LayoutMismatch, WeightError
+from moe_core.moe_plan import MoePlan
 from moe_core.settings import Settings
 from moe_core.testing.case import Case, Setup
 from moe_core.testing.fakes import fake_plugin, runner_like
@@ -81,10 +81,8 @@ def update(case: Case) -> None:
 
 def _places(plan: MoePlan) -> dict[str, int]:
     """Addresses of the plain tensors of a quant info, if it is a dataclass of some."""
-    found = _contract._tensors(plan.quant_info)
-    return {
-        name: tensor.data_ptr() for name, tensor in found.items() if tensor.layout is torch.strided and tensor.numel()
-    }
+    found = [(name, leaf) for name, leaf in _contract.leaves(plan.quant_info) if isinstance(leaf, torch.Tensor)]
+    return {name: tensor.data_ptr() for name, tensor in found if tensor.layout is torch.strided and tensor.numel()}
 
 
 @check("weights.wrong_shapes", kind=("runner",), needs="run")
