@@ -2,6 +2,7 @@
 #   make demo MODEL=dir   runs a real Hugging Face MoE checkpoint instead of a small random one
 PYTHON ?= python3
 VENV   ?= .venv
+TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 MODEL  ?=
 PROMPT ?=
@@ -12,11 +13,11 @@ EDITABLE := $(foreach p,$(PLUGINS),-e $(patsubst %/pyproject.toml,%,$(p)))
 
 .PHONY: demo test check format wheels bench setup setup-dev clean
 
-# torch first and pinned: a plain `torch` would bring gigabytes of CUDA on a machine without a GPU. To use a torch of your
-# own (CUDA, ROCm), install it in $(VENV) before; it is kept.
+# torch comes first, by itself: make demo TORCH="torch --index-url URL" takes another build (the CPU wheels of pytorch.org
+# spare a machine without a GPU some gigabytes), and one that is in $(VENV) already is kept.
 $(VENV)/.core: pyproject.toml $(PLUGINS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q $(TORCH)
 	$(BIN)/python -m pip install -q "hatchling>=1.27" -e ".[transformers]"
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation $(EDITABLE)
 	touch $@

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from moe_core.capability import Reason, Support, arch_matches
+from moe_core.errors import did_you_mean
 from moe_core.request import PlanRequest
 
 #: Must-have features that concern what carries the tokens as well as what computes.
@@ -66,7 +67,8 @@ def _layer(support: Support, request: PlanRequest, subject: str) -> Iterator[Rea
     activation = config.activation
     if activation.name not in support.activations:
         found = _names(support.activations)
-        yield Reason(subject, "activation", f"has no {activation.name}; it has {found}", activation.name, found)
+        hint = did_you_mean(activation.name, support.activations) if support.activations else None
+        yield Reason(subject, "activation", f"has no {activation.name}; it has {found}", activation.name, found, hint)
     if activation.gated not in support.gated:
         form = "gated" if activation.gated else "non-gated"
         yield Reason(subject, "activation.gated", f"does not run {form} layers", form)

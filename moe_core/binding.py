@@ -159,7 +159,7 @@ def _fit(weights: CanonicalWeights, resolution: Resolution, registry: Registry) 
 
 
 def _is_loud(resolution: Resolution, registry: Registry) -> bool:
-    """A correct-but-slow runner that nobody named must not be met silently, unless it is all that a CPU has."""
+    """A correct-but-slow runner that nobody named must not be met silently."""
     spec, settings = registry.runners[resolution.require().runner], resolution.request.settings
     return spec.last_resort and settings.runner != spec.name
 

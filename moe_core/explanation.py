@@ -6,6 +6,7 @@ from typing import Any
 
 from moe_core.request import PlanRequest, plain
 from moe_core.resolution import Candidate, Resolution, Verdict
+from moe_core.specs import RunnerSpec
 
 
 def describe_layer(request: PlanRequest) -> str:
@@ -51,9 +52,17 @@ def text(resolution: Resolution, *, brief: bool = False) -> str:
         lines += [f"       {reason}" for reason in rejected.reasons]
     lines += [f"note      {note}" for note in resolution.notes]
     lines.append(
-        f"chosen    {chosen.id}  fingerprint {resolution.fingerprint}" if chosen else "chosen    nothing: no plan"
+        f"chosen    {chosen.id}{_warning(resolution)}  fingerprint {resolution.fingerprint}"
+        if chosen
+        else "chosen    nothing: no plan"
     )
     return "\n".join(lines)
+
+
+def _warning(resolution: Resolution) -> str:
+    chosen = resolution.chosen
+    slow = {v.spec.name for v in resolution.verdicts if isinstance(v.spec, RunnerSpec) and v.spec.last_resort}
+    return "  (last resort: correct, but not for serving)" if chosen and chosen.runner in slow else ""
 
 
 def component_lines(resolution: Resolution, *, brief: bool = False) -> list[str]:

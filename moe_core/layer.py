@@ -25,6 +25,7 @@ class MoeLayer(nn.Module):
     router_weight: [E, H], any float dtype; logits are computed in its dtype, scores in float32. correction_bias:
     float32 [E] where the routing has one. shared_experts: a module [T, H] -> [T, H] whose result is added. The
     experts' weights belong to `plan`, in the layout of the runner that was chosen; change them with `update_weights`.
+    A state_dict holds the router alone: save the experts where they come from.
     Keywords of `moe_core.plan` (hardware, settings, group, max_tokens, ...) are passed on.
     """
 

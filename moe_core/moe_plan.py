@@ -230,8 +230,8 @@ class MoePlan:
         return next(iter(self.terms.values())).owner(step)
 
     def explain(self, *, brief: bool = False) -> str:
-        """The selection report as text; see `moe_core.explanation.text`."""
-        return explanation.text(self.resolution, brief=brief)
+        """The selection report as text (see `moe_core.explanation.text`), and the layout that the weights got."""
+        return f"{explanation.text(self.resolution, brief=brief)}\nweights   layout {self.quant_info.layout}"
 
     def __repr__(self) -> str:
         return f"<MoePlan {self.resolution.require().id} {self.fingerprint}>"

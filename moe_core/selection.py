@@ -10,18 +10,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from moe_core import _checks, _lazy
 from moe_core.capability import Reason
+from moe_core.errors import did_you_mean
+from moe_core.negotiation import negotiate
 from moe_core.request import PlanRequest
 from moe_core.resolution import Candidate, Component, PathChoice, PriorityNote, Rejected, Resolution, Verdict
-from moe_core.specs import (
-    AdapterSpec,
-    DispatcherSpec,
-    FusedPathSpec,
-    FusedSpec,
-    RunnerSpec,
-    Terms,
-    maturity_on,
-    negotiate,
-)
+from moe_core.specs import AdapterSpec, DispatcherSpec, FusedPathSpec, FusedSpec, RunnerSpec, Terms, maturity_on
 from moe_core.vocabulary import DroppedSlot, FormatId, Maturity, Owner, Phase, Step
 
 if TYPE_CHECKING:
@@ -111,6 +104,7 @@ def _judge(spec: Component, kind: str, request: PlanRequest, registry: Registry)
                     f"no plugin describes the scheme {request.config.scheme!r}",
                     request.config.scheme,
                     ", ".join(sorted(registry.schemes)),
+                    did_you_mean(request.config.scheme, registry.schemes),
                 )
             )
         if spec.last_resort and not settings.allow_last_resort and settings.runner != spec.name:

@@ -49,6 +49,20 @@ class CanonicalWeights:
     w13_input_scale: Tensor | None = None
     w2_input_scale: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, tuple[Tensor, str]]:
+        import torch
+
+        # torch cannot load a pickled float8 tensor; its bytes it can.
+        def plain(tensor: Tensor) -> Tensor:
+            return tensor.view(torch.uint8) if "float8" in str(tensor.dtype) else tensor
+
+        return {name: (plain(t), str(t.dtype).removeprefix("torch.")) for name, t in self.tensors().items()}
+
+    def __setstate__(self, state: dict[str, tuple[Tensor, str]]) -> None:
+        for f in fields(self):
+            tensor, dtype = state.get(f.name, (None, ""))
+            setattr(self, f.name, None if tensor is None else tensor.view(torch_dtype(dtype)))
+
     def detach(self) -> CanonicalWeights:
         """The same tensors without gradients."""
         return CanonicalWeights(**{name: tensor.detach() for name, tensor in self.tensors().items()})

@@ -25,6 +25,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from moe_core import _metadata
 from moe_core.api import plan as make_plan
 from moe_core.errors import BindError, ConfigError, ContractViolation, LayoutMismatch, WeightError
 from moe_core.integrations._modules import is_plain, read_layer, read_sources, read_weights
@@ -47,12 +48,11 @@ def register(name: str = NAME, **plan_options: Any) -> None:
         from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
         from transformers.integrations.moe import ExpertsInterface
     except ImportError as error:
-        import importlib.metadata
-
-        found = importlib.metadata.version("transformers")
+        found = _metadata.version("transformers")
+        what = f"transformers {found} has no experts interface for plain and FP8 experts"
         raise ConfigError(
-            f"transformers {found} has no experts interface for plain and FP8 experts: {error}",
-            hint="install transformers>=5",
+            f"{what if found else 'transformers is not installed'}: {error}",
+            hint="pip install 'moe-core[transformers]' (transformers 5 or newer)",
         ) from error
 
     def forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

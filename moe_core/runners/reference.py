@@ -65,6 +65,11 @@ class ReferenceRunner:
 
     def run(self, runner_input: ReferenceInput, quant_info: ReferenceWeights, state: RunningState) -> Tensor:
         """-> [N, K, H] in the compute dtype; rows of dropped slots are zero."""
+        if torch.compiler.is_compiling():
+            raise ContractViolation(
+                "the reference runner loops over the experts that occur and cannot be compiled",
+                hint="make the plan with features={'compile'}: a runner that can is chosen, or the reasons say why not",
+            )
         ids, weights = runner_input.expert_ids, quant_info.weights
         rows = runner_input.rows.to(self._compute)
         result = rows.new_zeros(*ids.shape, self._binding.config.hidden_size)
