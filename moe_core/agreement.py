@@ -43,12 +43,16 @@ def everywhere(group: Any, work: Callable[[], T]) -> T:
 
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         return work()
-    result, failure = None, None
+    result: T | None = None
+    failure: Exception | None = None
     try:
         result = work()
-    except MoeCoreError as error:
+    except Exception as error:  # whatever it is: the others would wait for this rank
         failure = error
-    texts = _gather(None if failure is None else str(failure), group)
+    text = None if failure is None else str(failure)
+    if failure is not None and not isinstance(failure, MoeCoreError):
+        text = f"{type(failure).__name__}: {failure}"
+    texts = _gather(text, group)
     if failure is not None:
         raise failure
     failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]

@@ -39,6 +39,7 @@ class MoePlan:
         "_config",
         "_device",
         "_dispatch",
+        "_dispatch_begin",
         "_dtype",
         "_hidden_size",
         "_id_dtypes",
@@ -84,12 +85,15 @@ class MoePlan:
         self._bound_hooks, self._phases = request.hooks, request.phases
         self._paths, self._whole, self._split, self._update = paths, whole, split_phases, update
         self._dispatch: Any = dispatcher.dispatch if dispatcher is not None else None
+        self._dispatch_begin: Any = dispatcher.dispatch_begin if split_phases else None
         self._combine: Any = dispatcher.combine if dispatcher is not None else None
         if request.settings.check:
             if whole is not None:
                 self._whole = _contract.checked(whole, request)
             else:
                 self._dispatch = _contract.checked(dispatcher.dispatch, request)
+                if split_phases:
+                    self._dispatch_begin = _contract.checked(dispatcher.dispatch_begin, request)
 
     def __call__(
         self,
@@ -168,7 +172,7 @@ class MoePlan:
         self._need_steps()
         state = self._begin(hidden_states, topk_output, phase, state)
         if self._split:
-            return self.dispatcher.dispatch_begin(hidden_states, topk_output, state)
+            return self._dispatch_begin(hidden_states, topk_output, state)
         return self._dispatch(hidden_states, topk_output, state)
 
     def dispatch_finish(self, handle: Any, state: RunningState) -> Any:

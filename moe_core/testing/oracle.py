@@ -55,7 +55,7 @@ def dense(
     """What the whole layer must give, float64: [T, H], or [T, K, H] with no_combine.
 
     weights: all experts, not sharded. Ids outside [0, E) are dropped slots, whatever their weight. Activations are
-    quantized as the scheme says, tokens in the first GEMM all together.
+    quantized as the scheme says, the live rows of a GEMM all together.
     """
     described = scheme or builtin_scheme(config.scheme)
     x, ids = hidden.double(), topk.topk_ids.long()
@@ -63,17 +63,18 @@ def dense(
     scales = topk.topk_weights.double().where(live, 0.0)
     out = x.new_zeros(*ids.shape, config.hidden_size)
     on_input = config.router_weight_on_input
-    for expert in torch.unique(ids[live]).tolist():
-        token, slot = (ids == expert).nonzero(as_tuple=True)
-        rows = x[token] * scales[token, slot, None] if on_input else x[token]
-        info = HookRows(hidden, token, slot, torch.full_like(token, expert))
-        inner = _linear(rows, "w13", expert, weights, config, described)
-        if hooks is not None and hooks.after_gate_up is not None:
-            hooks.after_gate_up(inner, info)
-        result = _linear(activate(inner, config.activation), "w2", expert, weights, config, described)
-        if hooks is not None and hooks.after_down is not None:
-            hooks.after_down(result, info)
-        out[token, slot] = result
+    token, slot = live.nonzero(as_tuple=True)
+    expert = ids[token, slot]
+    info = HookRows(hidden, token, slot, expert)
+    called = hooks if hooks is not None and token.numel() else RunnerHooks()
+    rows = x[token] * scales[token, slot, None] if on_input else x[token]
+    inner = _linear(rows, "w13", expert, weights, config, described)
+    if called.after_gate_up is not None:
+        called.after_gate_up(inner, info)
+    result = _linear(activate(inner, config.activation), "w2", expert, weights, config, described)
+    if called.after_down is not None:
+        called.after_down(result, info)
+    out[token, slot] = result
     if not on_input:
         out = out * scales[..., None]
     out = out * config.routed_scaling_factor
@@ -81,18 +82,28 @@ def dense(
 
 
 def _linear(
-    x: Tensor, name: str, expert: int, weights: CanonicalWeights, config: MoeConfig, scheme: QuantScheme
+    x: Tensor, name: str, experts: Tensor, weights: CanonicalWeights, config: MoeConfig, scheme: QuantScheme
 ) -> Tensor:
-    def part(suffix: str) -> Tensor | None:
-        tensor: Tensor | None = getattr(weights, f"{name}{suffix}")
-        return None if tensor is None else tensor[expert]
+    """x [S, K] -> [S, N], each row by its expert's matrix. All rows are quantized together, as one tensor."""
+    static: Tensor | None = getattr(weights, f"{name}_input_scale")
+    if scheme.activation is not None and static is None:
+        x = roundtrip_activation(x.float(), scheme.activation).double()
+    result = x.new_empty(x.shape[0], getattr(weights, name).shape[1])
+    for expert in torch.unique(experts).tolist():
+        mine = experts == expert
 
-    matrix = getattr(weights, name)[expert]
-    if scheme.scale is not None:
-        stored = QuantizedTensor(matrix, part("_scale"), part("_zero"), part("_global_scale"))
-        matrix = dequantize(stored, scheme, group_size=config.group_size)
-    if scheme.activation is not None:
-        x = roundtrip_activation(x.float(), scheme.activation, scale=part("_input_scale")).double()
-    bias = part("_bias")
-    result: Tensor = x @ matrix.double().t()
-    return result if bias is None else result + bias.double()
+        def part(suffix: str, expert: int = expert) -> Tensor | None:
+            tensor: Tensor | None = getattr(weights, f"{name}{suffix}")
+            return None if tensor is None else tensor[expert]
+
+        rows, matrix = x[mine], getattr(weights, name)[expert]
+        if scheme.scale is not None:
+            stored = QuantizedTensor(matrix, part("_scale"), part("_zero"), part("_global_scale"))
+            matrix = dequantize(stored, scheme, group_size=config.group_size)
+        if scheme.activation is not None and static is not None:
+            rows = roundtrip_activation(rows.float(), scheme.activation, scale=static[expert]).double()
+        result[mine] = rows @ matrix.double().t()
+        bias = part("_bias")
+        if bias is not None:
+            result[mine] += bias.double()
+    return result

@@ -13,6 +13,7 @@ import torch
 
 from moe_core.capability import Reason, Support
 from moe_core.formats import StandardCombineInput
+from moe_core.protocols import RunnerHooks
 from moe_core.registry import Registry
 from moe_core.runners import reference
 from moe_core.runners.cpu import runner as cpu
@@ -142,8 +143,12 @@ def test_activation_declared_and_lacking() -> None:
 
 def test_hooks_get_another_expert() -> None:
     class Wrong(reference.ReferenceRunner):
-        def _expert(self, x: Any, expert: Any, weights: Any, hooks: Any, rows: Any) -> Any:
-            return super()._expert(x, expert, weights, hooks, replace(rows, expert_ids=rows.expert_ids * 0))
+        def run(self, runner_input: Any, quant_info: Any, state: Any) -> Any:
+            if state.hooks is not None and state.hooks.after_down is not None:
+                hook = state.hooks.after_down
+                wrong = RunnerHooks(after_down=lambda y, rows: hook(y, replace(rows, expert_ids=rows.expert_ids * 0)))
+                state = replace(state, hooks=wrong)
+            return super().run(runner_input, quant_info, state)
 
     assert "missing, extra or twice" in failed("numerics.hook[after_down]", factory=Wrong)
 

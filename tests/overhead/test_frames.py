@@ -112,7 +112,7 @@ def refuse_strangers(entered: list[CodeType]) -> None:
 def test_the_framework_enters_at_most_twelve_frames_on_the_split_path(changes: dict[str, Any]) -> None:
     entered = frames(trivial(**changes), *call())
     assert len(entered) <= LIMIT, names(entered)
-    assert {"binding.py:__call__", "standard.py:dispatch", "standard.py:combine"} <= set(names(entered))
+    assert {"moe_plan.py:__call__", "standard.py:dispatch", "standard.py:combine"} <= set(names(entered))
     refuse_strangers(entered)
 
 

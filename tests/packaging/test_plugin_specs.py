@@ -21,11 +21,12 @@ from moe_core.capability import Reason, Requires
 from moe_core.config import Activation, MoeConfig, ParallelConfig, RoutingConfig
 from moe_core.formats import BUILTIN_FORMATS
 from moe_core.hardware import profile
+from moe_core.negotiation import negotiate
 from moe_core.quant.payloads import ACTIVATION_PAYLOADS
 from moe_core.quant.schemes import BUILTIN_SCHEMES
 from moe_core.request import PlanRequest
 from moe_core.settings import Settings
-from moe_core.specs import AdapterSpec, DispatcherSpec, FusedSpec, RunnerSpec, Terms, Wants, negotiate
+from moe_core.specs import AdapterSpec, DispatcherSpec, FusedSpec, RunnerSpec, Terms, Wants
 from moe_core.vocabulary import (
     PLUGIN_API,
     STANDARD,
@@ -333,7 +334,7 @@ def test_triton_runs_fp8_only_where_the_hardware_has_it() -> None:
 
 def test_deepep() -> None:
     def ask(name: str, ranks: int = 8, **request: Any) -> set[str]:
-        return codes("deepep", name, "h200", parallel=ParallelConfig(ep_size=ranks), **request)
+        return codes("deepep", name, "h200", parallel=ParallelConfig(ep_size=ranks, tokens="sharded"), **request)
 
     every = ("deepep", "deepep_normal", "deepep_normal_static", "deepep_ll", "deepep_v2", "deepep_v2_grouped")
     assert [name for name in every if ask(name)] == []
@@ -354,7 +355,8 @@ def test_deepep() -> None:
 
 def test_mori() -> None:
     def ask(name: str, ranks: int = 8, **changes: Any) -> set[str]:
-        return codes("mori", name, "mi300x", config=replace(LAYER, **changes), parallel=ParallelConfig(ep_size=ranks))
+        parallel = ParallelConfig(ep_size=ranks, tokens="sharded")
+        return codes("mori", name, "mi300x", config=replace(LAYER, **changes), parallel=parallel)
 
     assert ask("mori") == ask("mori_ll") == ask("mori_v2") == ask("mori", dtype="float32") == set()
     assert ask("mori", dtype="float16") == ask("mori_v2", dtype="float32") == {"dtype"}

@@ -2,8 +2,8 @@
 
 The expectations follow from what the backends are for: on NVIDIA, FlashInfer's TensorRT-LLM kernels lead on Blackwell
 and Triton everywhere else; on AMD, AITER leads; a CPU has its own runner for unquantized layers; whatever nobody
-runs falls to the reference, which is correct and slow. With several ranks the machine's own all-to-all is taken
-if the runner understands what it sends, and replicated tokens otherwise.
+runs falls to the reference, which is correct and slow. Ranks that bring their own tokens take the machine's all-to-all,
+with the best runner that understands what it sends; ranks that all bring the same tokens need none.
 """
 
 from __future__ import annotations
@@ -60,12 +60,17 @@ def installed(names: tuple[str, ...]) -> Registry:
 
 
 def ask(
-    hardware: str, scheme: str = "bf16", ep: int = 1, plugins: tuple[str, ...] = PLUGINS, **changes: Any
+    hardware: str,
+    scheme: str = "bf16",
+    ep: int = 1,
+    plugins: tuple[str, ...] = PLUGINS,
+    tokens: str = "replicated",
+    **changes: Any,
 ) -> Resolution:
     layer = {name: changes.pop(name) for name in list(changes) if name in MoeConfig.__dataclass_fields__}
     return resolve(
         LAYER.replace(scheme=scheme, **layer),
-        ParallelConfig(ep_size=ep),
+        ParallelConfig(ep_size=ep, tokens=tokens),
         hardware,
         registry=installed(plugins),
         assume=("dependencies", "targets"),
@@ -116,15 +121,17 @@ def kind(runner: str) -> str:
     return "fused" if runner in FUSED_FUNC else "split"
 
 
-def expected_on_eight_ranks(hardware: str, scheme: str) -> str:
+def expected_all_to_all(hardware: str, scheme: str) -> str | None:
     runner = best_runner(hardware, scheme)
     if hardware in ("cpu", "a100"):  # neither has an all-to-all of ours
-        return f"standard+{runner}/{kind(runner)}"
+        return None
     if hardware in ("mi300x", "mi355x"):
         return f"mori+{runner}/{kind(runner)}"
-    # TensorRT-LLM's kernels take global ids, which DeepEP's normal kernels do not send.
     if runner == "flashinfer_trtllm":
-        return "standard+flashinfer_trtllm/fused"
+        # TensorRT-LLM's kernels take global ids, which DeepEP does not send: the next best that has the scheme.
+        if scheme == "nvfp4":
+            return "deepep_ll+cutedsl/fused"
+        runner = "reference" if scheme == "mxfp8" else "triton"
     # DeepEP by phase: token-major rows in prefill, where Triton has a fused func, expert-major ones in decode.
     return f"deepep+{runner}/{'mixed' if runner == 'triton' else 'split'}"
 
@@ -147,8 +154,27 @@ def test_one_rank_takes_the_best_runner_of_its_hardware(hardware: str, scheme: s
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("hardware", PROFILES)
-def test_eight_ranks_take_the_machines_all_to_all_where_the_runner_understands_it(hardware: str, scheme: str) -> None:
-    assert chosen(hardware, scheme, 8) == expected_on_eight_ranks(hardware, scheme)
+def test_eight_ranks_with_replicated_tokens_need_no_all_to_all(hardware: str, scheme: str) -> None:
+    runner = best_runner(hardware, scheme)
+    assert chosen(hardware, scheme, 8) == f"standard+{runner}/{kind(runner)}"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("hardware", PROFILES)
+def test_eight_ranks_with_their_own_tokens_take_the_machines_all_to_all(hardware: str, scheme: str) -> None:
+    found = ask(hardware, scheme, 8, tokens="sharded")
+    assert (found.chosen.id if found.chosen else None) == expected_all_to_all(hardware, scheme)
+    (standard,) = [v for v in found.verdicts if v.spec.subject == "dispatcher:standard"]
+    assert [r.code for r in standard.reasons] == ["parallel.tokens"]
+
+
+@pytest.mark.parametrize("hardware", ["h200", "mi300x"])
+def test_an_all_to_all_refuses_replicated_tokens_and_one_rank_has_none_to_tell_apart(hardware: str) -> None:
+    codes = {v.spec.name: {r.code for r in v.reasons} for v in ask(hardware, "bf16", 8).verdicts}
+    carriers = {name for name in codes if name.startswith(("deepep", "mori"))}
+    assert carriers
+    assert all("parallel.tokens" in codes[name] for name in carriers)
+    assert chosen(hardware, tokens="sharded") == chosen(hardware)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +188,7 @@ def test_eight_ranks_take_the_machines_all_to_all_where_the_runner_understands_i
         ("h200", "bf16", 8, ("triton",), "standard+triton/fused"),
         ("h200", "bf16", 8, ("deepep",), "deepep+reference/split"),
         ("h200", "bf16", 8, ("deepep", "flashinfer_trtllm"), "standard+flashinfer_cutlass/fused"),
+        ("h200", "bf16", 8, ("deepep", "flashinfer_trtllm"), "deepep+reference/split"),
         ("b200", "bf16", 1, ("triton",), "standard+triton/fused"),
         ("b200", "nvfp4", 1, ("triton",), "standard+reference/split"),
         ("b200", "nvfp4", 1, ("triton", "cutedsl"), "standard+cutedsl/fused"),
@@ -179,7 +206,9 @@ def test_eight_ranks_take_the_machines_all_to_all_where_the_runner_understands_i
 def test_what_is_installed_decides_among_what_fits(
     hardware: str, scheme: str, ep: int, plugins: tuple[str, ...], expected: str
 ) -> None:
-    assert chosen(hardware, scheme, ep, plugins) == expected
+    # Ranks bring their own tokens where an all-to-all is expected.
+    tokens = "replicated" if expected.startswith("standard+") else "sharded"
+    assert chosen(hardware, scheme, ep, plugins, tokens) == expected
 
 
 @pytest.mark.parametrize(
@@ -208,7 +237,7 @@ def test_what_is_installed_decides_among_what_fits(
         ("h200", 8, {"max_tokens": 4096}, "deepep_normal+triton/fused"),
         ("h200", 8, {"max_tokens": 4096, "options": {"deepep": {"decode_max_tokens": 64}}}, "deepep+triton/mixed"),
         ("h200", 8, {"max_tokens": None}, "deepep_normal+triton/fused"),
-        ("h200", 8, {"num_experts": 65}, "standard+triton/fused"),
+        ("h200", 8, {"num_experts": 65}, "standard+triton/fused"),  # no all-to-all of ours spreads them unevenly
         ("h200", 6, {"num_experts": 66}, "deepep_ll+triton/split"),
     ],
 )
@@ -216,14 +245,15 @@ def test_what_the_layer_needs_moves_the_choice(hardware: str, ep: int, changes: 
     changes = dict(changes)
     if "options" in changes:
         changes["settings"] = Settings(options=changes.pop("options"))
+    changes["tokens"] = "replicated" if expected.startswith("standard+") else "sharded"
     assert chosen(hardware, changes.pop("scheme", "bf16"), ep, **changes) == expected
 
 
 @pytest.mark.parametrize("hardware", PROFILES)
 def test_nobody_is_chosen_who_refuses_and_every_refusal_has_a_reason(hardware: str) -> None:
     for scheme in SCHEMES:
-        for ep in (1, 8):
-            found = ask(hardware, scheme, ep)
+        for ep, tokens in ((1, "replicated"), (8, "replicated"), (8, "sharded")):
+            found = ask(hardware, scheme, ep, tokens=tokens)
             usable = {v.spec.name for v in found.verdicts if v.usable}
             assert all({c.dispatcher, c.runner} <= usable for c in found.candidates)
             assert all(r.message and r.subject for r in found.reasons)
@@ -231,7 +261,7 @@ def test_nobody_is_chosen_who_refuses_and_every_refusal_has_a_reason(hardware: s
 
 
 def test_what_was_never_executed_is_not_chosen_without_a_note() -> None:
-    notes = "\n".join(ask("mi300x", "bf16", 8).notes)
+    notes = "\n".join(ask("mi300x", "bf16", 8, tokens="sharded").notes)
     assert "runner 'aiter' is untested on gfx942" in notes
     assert "dispatcher 'mori' is untested on gfx942" in notes
     assert "taken for granted, not checked on this machine: dependencies, targets" in notes

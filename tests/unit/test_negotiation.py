@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from moe_core.capability import Reason
-from moe_core.specs import Offers, Terms, Wants, negotiate
+from moe_core.negotiation import negotiate
+from moe_core.specs import Offers, Terms, Wants
 from moe_core.vocabulary import DroppedSlot, IdSpace, Owner, Step
 
 GLOBAL, LOCAL = IdSpace.GLOBAL, IdSpace.LOCAL

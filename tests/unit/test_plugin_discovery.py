@@ -23,12 +23,12 @@ from moe_core.registry import Registry
 from moe_core.settings import Settings
 
 list(_metadata.entry_points("moe_core.plugins"))  # fills the caches of the path finders
-start = time.perf_counter()
+start = time.process_time()
 list(_metadata.entry_points("moe_core.plugins"))
-scan = time.perf_counter() - start
-start = time.perf_counter()
+scan = time.process_time() - start
+start = time.process_time()
 registry = Registry(settings=Settings())
-took = time.perf_counter() - start
+took = time.process_time() - start
 print(json.dumps({
     "states": {r.name: [r.state.value, r.detail, r.distribution] for r in registry.records},
     "runners": sorted(registry.runners),
@@ -91,5 +91,6 @@ def test_discovery_imports_nothing_heavy(found: dict[str, Any]) -> None:
 
 
 def test_discovery_takes_under_50_ms_beyond_the_metadata_scan(discover: Any) -> None:
+    # Processor time: what other tests do on this machine must not count.
     best = min(discover()["beyond_scan_ms"] for _ in range(4))
     assert best < 50

@@ -92,10 +92,18 @@ def test_ids_arrive_as_they_were_agreed_on(
     assert found.expert_mask is None
 
 
-@pytest.mark.parametrize(("dropped", "mask"), [(NEGATIVE, [0, 1, 0, 1, 0]), (SINK, [0, 1, 0, 1, 0, 0])])
-def test_map_and_mask_are_those_of_the_rank(dropped: DroppedSlot, mask: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("space", "dropped", "mask"),
+    [
+        (GLOBAL, NEGATIVE, [0, 1, 0, 1, 0]),
+        (GLOBAL, SINK, [0, 1, 0, 1, 0, 0]),
+        (LOCAL, NEGATIVE, [1, 1]),  # over the ids that the runner gets
+        (LOCAL, SINK, [1, 1, 0]),
+    ],
+)
+def test_map_and_mask_are_those_of_the_rank(space: IdSpace, dropped: DroppedSlot, mask: list[int]) -> None:
     extras = frozenset({"expert_map", "expert_mask"})
-    found = sent([[1, 3, 0]], NEGATIVE, SECOND, dropped=(dropped,), extras=extras)
+    found = sent([[1, 3, 0]], NEGATIVE, SECOND, id_spaces=(space,), dropped=(dropped,), extras=extras)
     assert found.expert_map is not None
     assert found.expert_map.tolist() == [-1, 0, -1, 1, -1]
     assert found.expert_mask is not None

@@ -9,6 +9,7 @@ Two processes may choose differently, and so differ in the last bits; within a p
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -22,15 +23,21 @@ from moe_core.runners.cpu import weights as cpu_weights
 from moe_core.runners.cpu.products import Slots, by_expert, choose_linear, grouped, phased
 from moe_core.runners.cpu.table import REGIMES, Products
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
 PACKED, ONEDNN, LINEAR, GROUPED = "packed oneDNN", "rows oneDNN", "rows linear", "rows grouped_mm"
 
 _SMALL = 4 * 2**20
 _EXPERT_BYTES, _POOL_BYTES = 32 * 2**20, 48 * 2**20
-_SECONDS = (0.2, 0.6)
-"""A measurement ends after the first, or, while the two fastest times of a case still differ (a neighbor works),
-after the second."""
-_ROUNDS = 7
-_GAIN, _LOSS = 1.1, 0.85
+_SECONDS = (0.2, 1.0)
+"""A measurement ends after the first, or, while cases lack undisturbed times, after the second."""
+_CLEAN = 2
+_GAIN, _LOSS = 1.07, 0.85
 """The packed layout costs a second copy of the weights: it must be so much faster in the geometric mean, and not
 clearly slower in any regime."""
 
@@ -133,22 +140,27 @@ def _measure(dtype: torch.dtype, gated: bool, hidden: int, inner: int) -> dict[s
     for call in cases.values():  # warm-up
         call()
     times: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
-    for done in range(_ROUNDS):
-        passed = time.perf_counter() - start
-        if done > 1 and (passed > _SECONDS[1] or (passed > _SECONDS[0] and all(map(_settled, times.values())))):
+    while True:
+        clean, passed = min(map(len, times.values())), time.perf_counter() - start
+        if passed > _SECONDS[1] or (passed > _SECONDS[0] and clean >= _CLEAN):
             break
         for case, call in cases.items():
             flush.sum()
-            begin = time.perf_counter()
+            before, begin = _preemptions(), time.perf_counter()
             call()
-            times[case].append(time.perf_counter() - begin)
+            passed = time.perf_counter() - begin
+            # OpenMP waits for the thread that another process has pushed aside: such a time says nothing.
+            if _preemptions() == before:
+                times[case].append(passed)
+    if clean < _CLEAN:
+        logger.warning("too busy to measure products of %s, %d x %d: packing, unmeasured", dtype, hidden, inner)
+        return {}
     names = dict.fromkeys(name for name, _ in cases)
     return {name: tuple(min(times[name, i]) for i in range(len(REGIMES))) for name in names}
 
 
-def _settled(times: list[float]) -> bool:
-    first, second, *_ = sorted(times)
-    return second < 1.15 * first
+def _preemptions() -> int:
+    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def _fill(block: Tensor, *shape: int) -> Tensor:
