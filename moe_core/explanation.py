@@ -24,7 +24,8 @@ def describe_parallel(request: PlanRequest) -> str:
     """One line about the ranks."""
     p = request.parallel
     placement = p.placement if isinstance(p.placement, str) else "map"
-    return f"tp {p.tp_size}, ep {p.ep_size}" + (f", placement {placement}" if p.ep_size > 1 else "")
+    experts = f", placement {placement}, {p.tokens} tokens" if p.ep_size > 1 else ""
+    return f"tp {p.tp_size}, ep {p.ep_size}{experts}"
 
 
 def _order(verdict: Verdict) -> tuple[bool, int, str]:

@@ -192,7 +192,8 @@ def _join(
         if not layouts:
             wanted = "; ".join(f"{c.format}: {', '.join(sorted(c.spec.layouts or ()))}" for _, c in paths)
             reason = Reason(f"path:{pair}", "contract.layout", f"no weight layout serves all phases ({wanted})")
-            rejected.append(Rejected(pair, (reason,)))
+            if Rejected(pair, (reason,)) not in rejected:
+                rejected.append(Rejected(pair, (reason,)))
             continue
         priority = dispatcher.priority + runner.priority
         candidate = Candidate(dispatcher.name, runner.name, paths, priority, maturity, layouts=layouts)

@@ -80,6 +80,8 @@ def read_layer(registry: Registry, model: str, quant: str | None, group_size: in
     return Layer(name, config)
 
 
-def read_parallel(ep: int, tp: int, placement: str, reduce: str = "dispatcher") -> ParallelConfig:
+def read_parallel(
+    ep: int, tp: int, placement: str, *, reduce: str = "dispatcher", tokens: str = "replicated"
+) -> ParallelConfig:
     """The ranks; rank 0 asks."""
-    return ParallelConfig(ep_size=ep, tp_size=tp, placement=placement, reduce=reduce)
+    return ParallelConfig(ep_size=ep, tp_size=tp, placement=placement, reduce=reduce, tokens=tokens)

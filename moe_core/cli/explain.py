@@ -20,6 +20,13 @@ from moe_core.vocabulary import Phase
 @click.command()
 @layer_options
 @click.option(
+    "--tokens",
+    type=click.Choice(("replicated", "sharded")),
+    default="replicated",
+    show_default=True,
+    help="With --ep: every rank brings all tokens, or each its own.",
+)
+@click.option(
     "--hardware",
     default="detect",
     show_default=True,
@@ -51,6 +58,7 @@ def explain(
     ep: int,
     tp: int,
     placement: str,
+    tokens: str,
     phase: str,
     features: tuple[str, ...],
     hooks: tuple[str, ...],
@@ -76,7 +84,7 @@ def explain(
     forced = {"runner": runner, "dispatcher": dispatcher, "path": path}
     resolution = resolve(
         layer.config,
-        read_parallel(ep, tp, placement),
+        read_parallel(ep, tp, placement, tokens=tokens),
         None if hardware == "detect" else hardware,
         registry=registry,
         phases=phases,

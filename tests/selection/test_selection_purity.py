@@ -157,7 +157,7 @@ def test_what_was_not_chosen_is_no_part_of_the_fingerprint() -> None:
 EXPECTED = """\
 hardware  generic CPU x86_64 (profile, not this machine)
 layer     8 experts (local 4), top-2, hidden 64, intermediate 64, bfloat16, bf16, silu
-parallel  tp 1, ep 2, placement linear
+parallel  tp 1, ep 2, placement linear, replicated tokens
 must have bias, lora
 components
   yes dispatcher:standard  priority 100, executed on x86_64

@@ -84,3 +84,20 @@ def test_examples_run(example: str) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout
+
+
+@pytest.mark.parametrize(
+    "page",
+    sorted(p for p in ROOT.rglob("*.md") if not {".venv", ".devpkg", "node_modules"} & set(p.relative_to(ROOT).parts)),
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_every_result_file_that_is_named_exists() -> None:
+    text = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs").glob("*.md")) + README
+    for name in re.findall(r"benchmarks/results/[\w./-]+\.json", text):
+        assert (ROOT / name).is_file(), name

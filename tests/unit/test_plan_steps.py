@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def make(config: MoeConfig = LAYER, *, parts: dict[str, Any] | None = None, **ch
 class Later:
     """An asynchronous dispatcher: nothing happens before it is waited for."""
 
-    log: list[str] = []
+    log: ClassVar[list[str]] = []
 
     def __init__(self, binding: Any) -> None:
         self._inner = StandardDispatcher(binding)
