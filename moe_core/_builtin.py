@@ -34,7 +34,7 @@ from moe_core.vocabulary import (
     Step,
 )
 
-_ALL_FEATURES: Final = frozenset({"bias", "router_weight_on_input", "no_combine", "deterministic", "lora"})
+_ALL_FEATURES: Final = frozenset({"bias", "router_weight_on_input", "no_combine", "deterministic", "lora", "inplace"})
 _HOOKS: Final = frozenset({"after_gate_up", "after_down"})
 _SUMS: Final = frozenset({Step.ROUTER_WEIGHT, Step.TOPK_SUM, Step.ROUTED_SCALING})
 # Evidence: the CPU job of CI runs them, and benchmarks/results/cpu holds dated measurements.
