@@ -71,7 +71,8 @@ def test_component_that_cannot_run_here_is_not_absent() -> None:
     by_group: dict[str, set[str]] = {}
     for result in results:
         by_group.setdefault(result.id.partition(".")[0], set()).add(result.outcome)
-    assert by_group["contract"] == {"skipped", "refused"}  # refused: what is not declared
+    assert "skipped" in by_group["contract"]
+    assert by_group["contract"] <= {"skipped", "refused"}  # refused: what is not declared
     assert by_group["weights"] <= {"skipped", "refused"}
     assert by_group["capability"] <= {"passed", "refused"}
     assert "refused" in {r.outcome for r in results if r.id.startswith("numerics.")} or by_group["numerics"] == {
