@@ -207,8 +207,8 @@ def test_a_whole_models_weights_are_not_a_ranks() -> None:
         ),
         (
             {"options": {"cpu": {"pack_weights": 3}}},
-            WeightError,
-            "pack_weights of runner 'cpu' must be True or False, got 3",
+            ConfigError,
+            "pack_weights of runner 'cpu' must be 'auto', True or False, got 3",
         ),
         (
             {"runner": "cpu", "hardware": "h200"},

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_core.config import MoeConfig
-from moe_core.errors import WeightError
+from moe_core.errors import ConfigError
 from moe_core.formats import StandardCombineInput, StandardDispatchOutput
 from moe_core.protocols import Binding, RunningState
 from moe_core.runners.cpu import weights as cpu_weights
@@ -37,9 +37,9 @@ def prepare(weights: CanonicalWeights, binding: Binding) -> CpuWeights:
     """Pack the weights or keep views of them, as option `pack_weights` says."""
     pack = binding.options.get("pack_weights", "auto")
     if not isinstance(pack, bool) and pack != "auto":
-        raise WeightError(
-            f"option pack_weights of runner 'cpu' must be True or False, got {pack!r}",
-            hint='or "auto", the default: what is measured to be faster here',
+        raise ConfigError(
+            f"option pack_weights of runner 'cpu' must be 'auto', True or False, got {pack!r}",
+            hint="'auto', the default, takes what is measured to be faster on this machine",
         )
     return cpu_weights.prepare(
         weights.w13,
