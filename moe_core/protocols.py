@@ -6,8 +6,9 @@ The conformance kit checks behavior. Never imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from moe_core.vocabulary import DroppedSlot, FormatId, Phase
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 
     from moe_core.config import MoeConfig, ParallelConfig
     from moe_core.hardware import HardwareInfo
+    from moe_core.moe_plan import MoePlan
     from moe_core.quant import QuantScheme
     from moe_core.request import PlanRequest
     from moe_core.specs import Terms
-    from moe_core.topk import AnyTopK
+    from moe_core.topk import AnyTopK, TopKOutput
     from moe_core.weights import CanonicalWeights
 
 
@@ -190,6 +192,43 @@ class FusedPath(Protocol):
         """[T, H] -> [T, H]."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuningJob:
+    """What a runner's `tune` gets: a bound layer with random weights, and the file where its results belong.
+
+    plan: the bound plan, whose `dispatch` gives the runner's input and whose `run` is what will be called; binding and
+    quant_info are its own. tokens: token counts of a call, ascending. budget_s: seconds for all of them together; what
+    was found when they end counts. inputs(tokens, seed) -> hidden states [T, H] and a uniformly random routing on the
+    layer's device. store: a file in the runner's own format, to be merged into (it may not exist, nor its folder) and
+    to be written after every token count, so that an interruption loses nothing. progress: says what goes on.
+    """
+
+    plan: MoePlan
+    binding: Binding
+    quant_info: Any
+    tokens: tuple[int, ...]
+    budget_s: float
+    inputs: Callable[[int, int], tuple[Tensor, TopKOutput]]
+    store: Path
+    progress: Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuningRow:
+    """The outcome for one token count: what would run without tuning, and what was found. Microseconds of a call.
+
+    source: where the default came from, in the runner's words. tried: how many variants were timed.
+    """
+
+    tokens: int
+    default: str
+    default_us: float
+    tuned: str
+    tuned_us: float
+    source: str = ""
+    tried: int = 0
+
+
 PrePermute: TypeAlias = "Callable[[Any, Any, MoeConfig, RunningState], Any]"
 """(dispatch_output, quant_info, config, state) -> runner_input"""
 
@@ -203,3 +242,4 @@ DispatcherFactory: TypeAlias = Callable[[Binding], Dispatcher]
 RunnerFactory: TypeAlias = Callable[[Binding], RunnerCore]
 PrepareWeights: TypeAlias = "Callable[[CanonicalWeights, Binding], QuantInfo]"
 UpdateWeights: TypeAlias = "Callable[[Any, CanonicalWeights, Binding], None]"
+TuneRunner: TypeAlias = Callable[[TuningJob], Sequence[TuningRow]]

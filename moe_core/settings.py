@@ -28,6 +28,7 @@ ENVIRONMENT: Final[Mapping[str, str]] = {
     "dispatcher": "MOE_CORE_DISPATCHER",
     "path": "MOE_CORE_PATH",
     "measurements": "MOE_CORE_MEASUREMENTS",
+    "tuning": "MOE_CORE_TUNING",
     "min_maturity": "MOE_CORE_MIN_MATURITY",
     "allow_last_resort": "MOE_CORE_ALLOW_LAST_RESORT",
 }
@@ -42,7 +43,8 @@ class Settings:
     plugins: names to load (None: all installed; empty: none). disable: names never to load. strict: a broken or
     duplicate plugin is an error. check: verify the contract on every call (slow). runner, dispatcher, path ("fused",
     "split" or "whole"): force a choice; it raises where it cannot be honored. measurements: a file written by
-    `moe-core bench --save`, used to rank by time. min_maturity: exclude backends verified less than this on the
+    `moe-core bench --save`, used to rank by time. tuning: a file written by `moe-core tune --store` (or a folder of
+    them), which the runner reads when it is bound. min_maturity: exclude backends verified less than this on the
     architecture. allow_last_resort: whether a correct-but-slow runner may be chosen without being named.
     options: runner or dispatcher name -> its own options.
     """
@@ -55,6 +57,7 @@ class Settings:
     dispatcher: str | None = None
     path: str | None = None
     measurements: str | None = None
+    tuning: str | None = None
     min_maturity: Maturity = Maturity.UNTESTED
     allow_last_resort: bool = True
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=FrozenDict)

@@ -171,6 +171,7 @@ class RunnerSpec:
     factory(binding) -> RunnerCore. prepare(weights, binding) -> QuantInfo in one of `layouts`.
     update(quant_info, weights, binding) refreshes it in place; without one, the core prepares anew and copies.
     requirements(request) -> WeightRequirements: sizes to pad to, known before weights are allocated; import-free.
+    tune(job: TuningJob) -> list[TuningRow]: measure and keep the best kernels for one layer (`moe-core tune`).
     options: name -> what it does; the values come from `Settings.options[name]`. last_resort: correct, but slow.
     """
 
@@ -182,6 +183,7 @@ class RunnerSpec:
     layouts: frozenset[str]
     update: str | None = None
     requirements: str | None = None
+    tune: str | None = None
     priority: int = 100
     maturity: Mapping[str, Maturity] = field(default_factory=FrozenDict)
     options: Mapping[str, str] = field(default_factory=FrozenDict)
@@ -189,7 +191,8 @@ class RunnerSpec:
     why_not: str | None = None
 
     def __post_init__(self) -> None:
-        _check("runner", self.name, self.factory, self.prepare, self.update, self.requirements, self.why_not)
+        targets = (self.factory, self.prepare, self.update, self.requirements, self.tune, self.why_not)
+        _check("runner", self.name, *targets)
         for name in ("maturity", "options"):
             object.__setattr__(self, name, FrozenDict(getattr(self, name)))
         if not self.layouts:

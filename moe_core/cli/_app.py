@@ -23,6 +23,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "doctor": ("moe_core.cli.doctor:doctor", "Check this machine, with a small real forward for every backend."),
     "check": ("moe_core.cli.check:check", "Run the conformance kit on a plugin."),
     "bench": ("moe_core.cli.bench:bench", "Time every usable backend on a layer, on this machine."),
+    "tune": ("moe_core.cli.tune:tune", "Let a runner find its best kernels for a layer, on this machine."),
     "run": ("moe_core.cli.run:run", "Generate text from a Hugging Face MoE checkpoint."),
     "new-plugin": ("moe_core.cli.new_plugin:new_plugin", "Write the folder of a new, working plugin."),
 }

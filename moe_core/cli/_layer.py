@@ -1,4 +1,4 @@
-"""The options that describe a layer, shared by `explain` and `bench`."""
+"""The options that describe a layer, shared by `explain`, `bench` and `tune`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,24 @@ class Layer:
 
     name: str
     config: MoeConfig
+
+
+class Sizes(click.ParamType[tuple[int, ...]]):
+    """Token counts, comma separated."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """ "1,8,64" -> (1, 8, 64)."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            sizes = tuple(dict.fromkeys(int(part) for part in str(value).split(",") if part.strip()))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 1,8,64", param, ctx)
+        if not sizes or min(sizes) < 1:
+            self.fail("name at least one number of tokens, 1 or more", param, ctx)
+        return sizes
 
 
 def layer_options(function: F) -> F:

@@ -13,6 +13,8 @@ import torch  # noqa: TID253 - this module is imported when something is measure
 from torch import Tensor  # noqa: TID253
 
 from moe_core.config import MoeConfig, ParallelConfig
+from moe_core.errors import ConfigError
+from moe_core.hardware import GIB
 from moe_core.quant import QuantScheme
 from moe_core.topk import TopKOutput
 from moe_core.weights import CanonicalWeights, torch_dtype
@@ -67,6 +69,22 @@ def free_bytes(device: torch.device) -> int | None:
     except (OSError, ValueError):
         pass  # no limit ("max"), or no control groups
     return min(limits) if limits else None
+
+
+def require_memory(
+    config: MoeConfig, parallel: ParallelConfig, scheme: QuantScheme, copies: int, device: torch.device
+) -> int:
+    """Bytes of the stored weights. Raises ConfigError where they, and each candidate's own copy, cannot fit."""
+    stored = layer_bytes(config, parallel, scheme)
+    needed, free = stored * (1 + copies), free_bytes(device)
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"this layer does not fit: {needed:,} bytes ({needed / GIB:.1f} GiB) are needed, {free:,} bytes "
+            f"({free / GIB:.1f} GiB) are free on {device}; the weights take {stored:,} bytes, and each of "
+            f"{copies} candidates may keep a copy in its own layout",
+            hint="time a rank's share (--ep 8), fewer candidates (--runner NAME), or a smaller model",
+        )
+    return stored
 
 
 def random_weights(config: MoeConfig, parallel: ParallelConfig, device: torch.device) -> CanonicalWeights:

@@ -10,14 +10,14 @@ import click
 from rich.console import RenderableType
 
 from moe_core.api import detect_hardware, resolve
-from moe_core.cli._layer import layer_options, parallel_options, read_layer, read_parallel
+from moe_core.cli._layer import Sizes, layer_options, parallel_options, read_layer, read_parallel
 from moe_core.cli._report import Report, facts, hanging, heading, progress, reports, table
 from moe_core.cli._smoke import choices
 from moe_core.config import MoeConfig
-from moe_core.errors import ConfigError, MoeCoreError
+from moe_core.errors import MoeCoreError
 from moe_core.explanation import describe_layer, describe_parallel
 from moe_core.measurements import Measurements
-from moe_core.registry import Registry, default_registry
+from moe_core.registry import default_registry
 from moe_core.request import PlanRequest
 from moe_core.resolution import Candidate
 
@@ -27,27 +27,8 @@ if TYPE_CHECKING:
     from moe_core.moe_plan import MoePlan
     from moe_core.weights import CanonicalWeights
 
-GIB: Final = 1024**3
 #: Tokens of the comparison with the reference runner.
 CHECK_TOKENS: Final = 3
-
-
-class Sizes(click.ParamType[tuple[int, ...]]):
-    """Token counts, comma separated."""
-
-    name = "tokens"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """ "1,8,64" -> (1, 8, 64)."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            sizes = tuple(dict.fromkeys(int(part) for part in str(value).split(",") if part.strip()))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 1,8,64", param, ctx)
-        if not sizes or min(sizes) < 1:
-            self.fail("name at least one number of tokens, 1 or more", param, ctx)
-        return sizes
 
 
 @dataclasses.dataclass(slots=True)
@@ -107,10 +88,11 @@ def bench(
 
     import torch
 
-    from moe_core.cli._timing import random_weights
+    from moe_core.cli._timing import random_weights, require_memory
 
     device = torch.device(hardware.torch_device_type)
-    stored = _require_memory(layer.config, request, candidates, registry, device)
+    copies = sum(not registry.runners[candidate.runner].last_resort for candidate in candidates)
+    stored = require_memory(layer.config, parallel, registry.schemes[layer.config.scheme], copies, device)
     with torch.no_grad(), progress("making random weights, binding every candidate, comparing with the reference"):
         weights = random_weights(layer.config, parallel, device)
         rows, plans = _bind_and_check(layer.config, request, candidates, weights, asked)
@@ -132,25 +114,6 @@ def bench(
         "saved": str(save) if save else None,
     }
     return Report(data, show, code=0 if all(row.ok for row in rows) else 1)
-
-
-def _require_memory(
-    config: MoeConfig, request: PlanRequest, candidates: list[Candidate], registry: Registry, device: torch.device
-) -> int:
-    """Bytes of the stored weights. Raises ConfigError where they, and each candidate's own copy, cannot fit."""
-    from moe_core.cli._timing import free_bytes, layer_bytes
-
-    stored = layer_bytes(config, request.parallel, registry.schemes[config.scheme])
-    copies = sum(not registry.runners[candidate.runner].last_resort for candidate in candidates)
-    needed, free = stored * (1 + copies), free_bytes(device)
-    if free is not None and needed > free:
-        raise ConfigError(
-            f"this layer does not fit: {needed:,} bytes ({needed / GIB:.1f} GiB) are needed, {free:,} bytes "
-            f"({free / GIB:.1f} GiB) are free on {device}; the weights take {stored:,} bytes, and each of "
-            f"{copies} candidates may keep a copy in its own layout",
-            hint="time a rank's share (--ep 8), fewer candidates (--runner NAME), or a smaller model",
-        )
-    return stored
 
 
 def _bind_and_check(

@@ -77,6 +77,7 @@ EXAMPLES = {
     "dispatcher": ("deepep", "deepep"),
     "path": ("split", "split"),
     "measurements": ("/tmp/times.json", "/tmp/times.json"),
+    "tuning": ("/tmp/tuned.json", "/tmp/tuned.json"),
     "min_maturity": ("compiled", Maturity.COMPILED),
     "allow_last_resort": ("off", False),
 }

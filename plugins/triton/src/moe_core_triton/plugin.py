@@ -19,12 +19,16 @@ _TRITON = Requires(
     hint="GPU builds of torch bring their own Triton; elsewhere: pip install 'moe-core-triton[interpreter]'",
 )
 
+_ACTIVATIONS = frozenset({"silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai", "identity"})
+_FEATURES = frozenset({"bias", "router_weight_on_input", "no_combine", "inplace", "lora", "deterministic", "compile"})
+
 RUNNER = RunnerSpec(
     name="triton",
     summary="fused Triton kernels for every format of the core, on NVIDIA and AMD GPUs",
     factory="moe_core_triton.runner:TritonRunner",
     prepare="moe_core_triton.weights:prepare",
     update="moe_core_triton.weights:update",
+    tune="moe_core_triton.tune:tune",
     layouts=frozenset({"rows"}),
     support=Support(
         devices={"cuda": (">=sm_80",), "rocm": ("gfx90a", "gfx942", "gfx950")},
@@ -42,17 +46,38 @@ RUNNER = RunnerSpec(
         ),
         scheme_archs={name: _FP8_ARCHS for name in ("fp8_tensor", "fp8_channel", "fp8_block128")},
         dtypes=frozenset({"bfloat16", "float16", "float32"}),
-        activations=frozenset({"silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai", "identity"}),
+        activations=_ACTIVATIONS,
         gated=frozenset({True, False}),
         activation_limit=True,
-        features=frozenset(
-            {"bias", "router_weight_on_input", "no_combine", "inplace", "lora", "deterministic", "compile"}
-        ),
+        features=_FEATURES,
         hooks=frozenset({"after_gate_up", "after_down"}),
         graph_capture=frozenset(Phase),
         group_sizes=frozenset({32, 64, 128}),
+        max_experts=1024,
         requires=(_TRITON,),
     ),
+)
+
+# The same kernels on a CPU, in Triton's interpreter: for tests and for reading along, hundreds of times slower than any
+# other runner. numpy has neither bfloat16 nor fp8.
+INTERPRETER = RunnerSpec(
+    name="triton_interpreter",
+    summary="the same kernels in Triton's interpreter on a CPU, with TRITON_INTERPRET=1: for tests",
+    factory=RUNNER.factory,
+    prepare=RUNNER.prepare,
+    update=RUNNER.update,
+    layouts=RUNNER.layouts,
+    support=replace(
+        RUNNER.support,
+        devices={"cpu": ("*",)},
+        scheme_archs={},
+        dtypes=frozenset({"float16", "float32"}),
+        features=_FEATURES - {"compile"},
+        graph_capture=frozenset(),
+    ),
+    priority=1000,
+    last_resort=True,
+    why_not="moe_core_triton.interpreter:why_not",
 )
 
 # Tokens that arrive quantized as the layer's scheme asks save half the traffic and a kernel here.
@@ -71,37 +96,30 @@ _EXPERT_MAJOR = Wants(
     # One row a slot: the sum over slots needs the tokens' order, which only the dispatcher knows.
     can=frozenset({Step.ROUTER_WEIGHT, Step.ROUTED_SCALING}),
 )
+_WANTS = {STANDARD: _STANDARD, BATCHED: _EXPERT_MAJOR, GROUPED: _EXPERT_MAJOR}
+_RUNNERS = (RUNNER, INTERPRETER)
 
-ADAPTERS = (
+ADAPTERS = tuple(
     AdapterSpec(
-        runner="triton",
-        format=STANDARD,
-        pre="moe_core_triton.adapters:pre_standard",
-        post="moe_core_triton.adapters:post_standard",
-        wants=_STANDARD,
-    ),
-    AdapterSpec(
-        runner="triton",
-        format=BATCHED,
-        pre="moe_core_triton.adapters:pre_batched",
-        post="moe_core_triton.adapters:post_batched",
-        wants=_EXPERT_MAJOR,
-    ),
-    AdapterSpec(
-        runner="triton",
-        format=GROUPED,
-        pre="moe_core_triton.adapters:pre_grouped",
-        post="moe_core_triton.adapters:post_grouped",
-        wants=_EXPERT_MAJOR,
-    ),
+        runner=runner.name,
+        format=format_id,
+        pre=f"moe_core_triton.adapters:pre_{format_id}",
+        post=f"moe_core_triton.adapters:post_{format_id}",
+        wants=wants,
+    )
+    for runner in _RUNNERS
+    for format_id, wants in _WANTS.items()
 )
 
-FUSED = FusedSpec(
-    runner="triton",
-    format=STANDARD,
-    target="moe_core_triton.adapters:fused_standard",
-    wants=_STANDARD,
-    gives_up=frozenset({"lora", "after_gate_up", "after_down"}),
+FUSED = tuple(
+    FusedSpec(
+        runner=runner.name,
+        format=STANDARD,
+        target="moe_core_triton.adapters:fused_standard",
+        wants=_STANDARD,
+        gives_up=frozenset({"lora", "after_gate_up", "after_down"}),
+    )
+    for runner in _RUNNERS
 )
 
 
@@ -115,18 +133,18 @@ class TritonPlugin:
 
     @hookimpl
     def moe_core_runners(self) -> tuple[RunnerSpec, ...]:
-        """The runner."""
-        return (RUNNER,)
+        """The runner, and its like for the interpreter."""
+        return _RUNNERS
 
     @hookimpl
     def moe_core_adapters(self) -> tuple[AdapterSpec, ...]:
-        """Its adapters for every format of the core."""
+        """Their adapters for every format of the core."""
         return ADAPTERS
 
     @hookimpl
     def moe_core_fused_funcs(self) -> tuple[FusedSpec, ...]:
-        """Its fused func."""
-        return (FUSED,)
+        """Their fused funcs."""
+        return FUSED
 
 
 plugin = TritonPlugin()

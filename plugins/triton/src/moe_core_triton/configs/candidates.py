@@ -1,0 +1,206 @@
+"""Which configurations the kernels have, and the few that the model likes best for a problem."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import product
+from typing import Final
+
+from moe_core.errors import ConfigError
+from moe_core_triton.configs import model
+from moe_core_triton.configs.config import PATHS, TINY_POSITIONS, GemmConfig, LayerConfig, Problem
+from moe_core_triton.configs.device import Device
+from moe_core_triton.configs.routing import expected_tiles, padding
+
+#: What the kernels take. A value that is not here is refused wherever it comes from, stored files included.
+BLOCK_M: Final = (8, 16, 32, 64, 128, 256)
+BLOCK_N: Final = (16, 32, 64, 128, 256)
+BLOCK_K: Final = (32, 64, 128, 256)
+WARPS: Final = (4, 8)
+STAGES: Final = (2, 3, 4, 5, 6)
+GROUP_M: Final = (1, 4, 8, 16)
+SPLIT_K: Final[dict[str, tuple[int, ...]]] = {"up": (1,), "down": (1,)}
+TINY_BLOCK_N: Final = (2, 4, 8, 16, 32)
+TINY_BLOCK_K: Final = (64, 128, 256, 512, 1024)
+TINY_WARPS: Final = (2, 4, 8)
+TINY_STAGES: Final = (1, 2, 3, 4)
+#: The most accumulator registers, or weights of a tile of the tiny path, that a thread may hold.
+MOST_ACCUMULATORS: Final = 200
+MOST_TINY_WEIGHTS: Final = 64
+
+
+def why_not(problem: Problem, config: LayerConfig, device: Device, tokens: int | None = None) -> str | None:
+    """What speaks against running `problem` so (in a call of `tokens`, where they are given), or None."""
+    if config.path not in PATHS:
+        return f"no path is called {config.path!r}"
+    if config.path == "tiny":
+        if config.block_m != 1:
+            return "the tiny path has one token a tile"
+        if tokens is not None and tokens * problem.top_k > TINY_POSITIONS:
+            return f"{tokens} tokens x {problem.top_k} are more than {TINY_POSITIONS} positions"
+    elif config.block_m not in BLOCK_M:
+        return f"block_m is one of {BLOCK_M}"
+    for part, gemm in (("up", config.up), ("down", config.down)):
+        reason = gemm_why_not(problem, part, gemm, config.block_m, device)
+        if reason is not None:
+            return f"{part}: {reason}"
+    return None
+
+
+def gemm_why_not(problem: Problem, part: str, gemm: GemmConfig, block_m: int, device: Device) -> str | None:
+    """What speaks against one GEMM; block_m = 1 is the tiny path."""
+    tiny, traits = block_m == 1, problem.traits
+    n, k = problem.matrix(part)
+    gated = part == "up" and problem.gated
+    lists = {
+        "block_n": TINY_BLOCK_N if tiny else BLOCK_N,
+        "block_k": TINY_BLOCK_K if tiny else BLOCK_K,
+        "num_warps": TINY_WARPS if tiny else WARPS,
+        "num_stages": TINY_STAGES if tiny else STAGES,
+        "group_m": (1,) if tiny else GROUP_M,
+        "split_k": SPLIT_K[part],
+    }
+    for name, allowed in lists.items():
+        if getattr(gemm, name) not in allowed:
+            return f"{name} is one of {allowed}, not {getattr(gemm, name)}"
+    rows = gemm.block_n // 2 if gated else gemm.block_n
+    # A tile may be larger than a matrix only where the matrix is smaller than the smallest tile.
+    if rows > (max(problem.intermediate, 32) if gated else max(n, 64)):
+        return f"a tile of {rows} rows, and only {n} there"
+    if gemm.block_k >= 2 * max(k, 16) and gemm.block_k not in (32, *traits.block_ks, TINY_BLOCK_K[0] if tiny else 32):
+        return f"steps of {gemm.block_k}, and K is only {k}"
+    if gemm.split_k > 1 and gemm.split_k * gemm.block_k > k:
+        return f"{gemm.split_k} programs share the {k} of K"
+    if traits.block_ks and gemm.block_k not in traits.block_ks and not tiny:
+        return f"scales want steps of {traits.block_ks}"
+    if tiny and traits.block_ks and gemm.block_k % traits.block_ks[0]:
+        return f"scales want steps of a multiple of {traits.block_ks[0]}"
+    two_blocks = rows == 256 and not gated and n % 256 == 0
+    if problem.scheme == "fp8_block128" and 128 % rows and not two_blocks:
+        return "a tile of more than one scale block of rows"
+    if gemm.tma and (not device.descriptors or tiny or k * traits.weight_bytes % 16):
+        return "no tensor descriptor for these weights here"
+    held = model.accumulators(problem, gemm, block_m, device)
+    if tiny:
+        if gemm.swap or gemm.persistent:
+            return "the tiny path has no tensor cores, and a program a tile"
+        if held < 4:
+            return "more threads than work"
+        return None if held <= MOST_TINY_WEIGHTS else f"{held:.0f} weights a thread"
+    return _tiles_why_not(problem, gemm, block_m, device, held)
+
+
+def _tiles_why_not(problem: Problem, gemm: GemmConfig, block_m: int, device: Device, held: float) -> str | None:
+    least = 64 if device.wide else 16
+    if problem.traits.swap_only and not gemm.swap:
+        return "the weights are decoded in registers, on the rows' side"
+    if (gemm.block_n if gemm.swap else block_m) < least:
+        return f"the tensor-core instruction has {least} rows"
+    if min(block_m, gemm.block_n) < (8 if gemm.swap and device.wide else 16):
+        return "the tensor-core instruction has more columns"
+    if gemm.persistent and gemm.split_k > 1:
+        return "persistent programs do not split K"
+    if held > MOST_ACCUMULATORS:
+        return f"{held:.0f} accumulators a thread"
+    if held < 2:
+        return "more threads than work"
+    shared = model.shared_bytes(problem, gemm, block_m, device)
+    if shared > device.shared_bytes:
+        return f"{shared:.0f} bytes of shared memory, {device.shared_bytes} are there"
+    return None
+
+
+def gemms(problem: Problem, part: str, block_m: int, device: Device) -> Iterator[GemmConfig]:
+    """Every legal configuration of one GEMM; block_m = 1 is the tiny path."""
+    tiny, traits = block_m == 1, problem.traits
+    if tiny:
+        for block_n, block_k, warps, stage in product(TINY_BLOCK_N, TINY_BLOCK_K, TINY_WARPS, (1, 3)):
+            one = GemmConfig(block_n, block_k, warps, stage, False, False)
+            if gemm_why_not(problem, part, one, block_m, device) is None:
+                yield one
+        return
+    shapes = product(BLOCK_N, traits.block_ks or BLOCK_K)
+    stages: tuple[int, ...] = STAGES[:1] if device.amd else STAGES[:-1]
+    for block_n, block_k in shapes:
+        if block_k * traits.token_bytes < 128 and block_k < problem.matrix(part)[1] and not traits.block_ks:
+            continue  # legal, but half a line of shared memory a row: never the best
+        switches = ((True, 1, False), (True, 8, False), (False, 1, False), (False, 8, False), (False, 8, True))
+        for warps, stage, tma in product(WARPS, stages, (False, True)):
+            for split, (swap, group, persistent) in product(SPLIT_K[part], switches):
+                one = GemmConfig(block_n, block_k, warps, stage, swap, tma, group, persistent, split)
+                if gemm_why_not(problem, part, one, block_m, device) is None:
+                    yield one
+
+
+@lru_cache(maxsize=256)
+def _legal(problem: Problem, part: str, block_m: int, device: Device) -> tuple[GemmConfig, ...]:
+    return tuple(gemms(problem, part, block_m, device))
+
+
+def _blocks(problem: Problem, tokens: int, call_tokens: int) -> list[int]:
+    """Values of block_m worth a look: not those that are mostly padding, nor those far below an expert's tokens."""
+    mean = tokens * problem.top_k / problem.experts
+    waste = {m: padding(problem.experts, problem.top_k, tokens, m) for m in BLOCK_M}
+    least = min(waste.values())
+    kept = [m for m in BLOCK_M if (waste[m] <= 4 * least + 3 or m <= 16) and m * 16 >= min(mean, 512)]
+    tiny = [1] if call_tokens * problem.top_k <= TINY_POSITIONS else []
+    return tiny + kept
+
+
+@lru_cache(maxsize=512)
+def _ranked(
+    problem: Problem, tokens: int, call_tokens: int, device: Device, keep: int
+) -> tuple[tuple[float, LayerConfig], ...]:
+    """The model's best pairs of GEMMs for each block_m, all in the order of their estimated seconds."""
+    found = []
+    for block_m in _blocks(problem, tokens, call_tokens):
+        path = "tiny" if block_m == 1 else "tiles"
+        extra = model.overhead_seconds(problem, path, tokens, device)
+        best = []
+        for part in ("up", "down"):
+            timed = [
+                (model.gemm_seconds(problem, part, gemm, block_m, tokens, device), i, gemm)
+                for i, gemm in enumerate(_legal(problem, part, block_m, device))
+                if gemm.split_k == 1 or _scarce(problem, part, gemm, block_m, tokens, device)
+            ]
+            best.append(sorted(timed)[:keep])
+        for up, down in product(*best):
+            found.append((up[0] + down[0] + extra, LayerConfig(path, block_m, up[2], down[2])))
+    return tuple(sorted(found, key=lambda pair: pair[0]))
+
+
+def _scarce(problem: Problem, part: str, gemm: GemmConfig, block_m: int, tokens: int, device: Device) -> bool:
+    """Whether there are so few tiles that sharing their reductions may pay."""
+    positions, columns = tokens * problem.top_k, -(-problem.matrix(part)[0] // gemm.block_n)
+    tiles = positions if block_m == 1 else expected_tiles(problem.experts, problem.top_k, tokens, block_m)
+    return tiles * columns < 3 * device.processors
+
+
+def candidates(
+    problem: Problem, tokens: int, device: Device, limit: int = 8, *, call_tokens: int | None = None
+) -> list[LayerConfig]:
+    """At most `limit` legal configurations for `tokens` tokens (see `Problem`), the model's favourite first.
+
+    Those after it are good and also different: each one like a chosen one counts as 4 % slower for that. call_tokens:
+    tokens of the call where that has more (expert parallelism). Raises ConfigError where no configuration is legal.
+    """
+    tokens = max(tokens, 1)
+    remaining = list(_ranked(problem, tokens, max(tokens, call_tokens or 0), device, max(8, limit)))
+    if not remaining:
+        raise ConfigError(f"no kernel configuration can run {problem.key} on {device.name}")
+    chosen: list[LayerConfig] = []
+    while remaining and len(chosen) < limit:
+        scored = (
+            (time * 1.04 ** sum(_alike(config, c) for c in chosen), i) for i, (time, config) in enumerate(remaining)
+        )
+        chosen.append(remaining.pop(min(scored)[1])[1])
+    return chosen
+
+
+def _alike(one: LayerConfig, other: LayerConfig) -> int:
+    """How much two configurations have in common, in large things."""
+    same = (one.path, one.block_m) == (other.path, other.block_m)
+    up = (one.up.block_n, one.up.block_k, one.up.swap) == (other.up.block_n, other.up.block_k, other.up.swap)
+    down = (one.down.block_n, one.down.block_k) == (other.down.block_n, other.down.block_k)
+    return same + (same and up) + (same and down)

@@ -1,0 +1,1 @@
+"""The Triton kernels, one concern a file. Frames in here count as kernel code."""

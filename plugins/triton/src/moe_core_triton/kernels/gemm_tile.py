@@ -1,0 +1,219 @@
+"""One tile of a grouped matrix product: device functions shared by the kernels in `gemm.py`.
+
+A tile is BLOCK_M positions (rows of one expert) by BLOCK_N weight rows. Weights are seen as [E, PARTS, n_part, K]: a
+gated first product has two parts, gate and up, and a tile takes the same rows of both, so that the partners of the
+activation meet in the registers of one thread and canonical weights need no repacking.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moe_core_triton.kernels.unpack import e2m1, e2m1_pairs, e8m0, e8m0_for_pairs
+
+
+@triton.jit
+def order(pid, tiles_n, live_tiles, GROUP_M: tl.constexpr):
+    """Program number -> (tile, block of weight rows). GROUP_M neighbors share a weight block while it is in L2."""
+    if GROUP_M == 1:
+        return pid // tiles_n, pid % tiles_n
+    per_group = GROUP_M * tiles_n
+    group = pid // per_group
+    first = group * GROUP_M
+    size = tl.minimum(live_tiles - first, GROUP_M)
+    within = pid % per_group
+    return first + within % size, within // size
+
+
+@triton.jit
+def weight_rows(n_block, n_part, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
+    """Rows of this tile in [PARTS * n_part), and which of them exist."""
+    PER_PART: tl.constexpr = BLOCK_N // PARTS
+    r = tl.arange(0, BLOCK_N)
+    row = n_block * PER_PART + r % PER_PART
+    return (r // PER_PART) * n_part + tl.minimum(row, n_part - 1), row < n_part
+
+
+@triton.jit
+def load_weights(
+    w,
+    expert,
+    n_block,
+    rows,
+    k0,
+    n_part,
+    k_stored,
+    BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    TMA: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """[BLOCK_N, WIDTH] stored items of the weights from column k0."""
+    if TMA:
+        return w.load([expert, 0, n_block * (BLOCK_N // PARTS), k0]).reshape(BLOCK_N, WIDTH)
+    else:
+        columns = k0 + tl.arange(0, WIDTH)
+        base = w + expert.to(tl.int64) * (PARTS * n_part) * k_stored
+        pointers = base + rows[:, None].to(tl.int64) * k_stored + columns[None, :]
+        if EVEN_K:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=columns[None, :] < k_stored, other=0)
+
+
+@triton.jit
+def load_rows(x, live, k0, k, WIDTH: tl.constexpr, EVEN_K: tl.constexpr):
+    """[BLOCK_M, WIDTH] of the input from column k0; x: pointers to the rows, [BLOCK_M, 1].
+
+    live: rows that count, or None. In a short tile the others would be most of its traffic; in a long one the masks
+    would cost more registers than they save reads.
+    """
+    columns = k0 + tl.arange(0, WIDTH)[None, :]
+    if live is None:
+        if EVEN_K:
+            return tl.load(x + columns)
+        else:
+            return tl.load(x + columns, mask=columns < k, other=0.0)
+    elif EVEN_K:
+        return tl.load(x + columns, mask=live[:, None], other=0.0)
+    else:
+        return tl.load(x + columns, mask=live[:, None] & (columns < k), other=0.0)
+
+
+@triton.jit
+def product(rows, weights, acc, SWAP: tl.constexpr):
+    """acc + rows @ weights.T, or its transpose. SWAP puts the weights on the 64-row side of the instruction."""
+    if SWAP:
+        return tl.dot(weights, tl.trans(rows), acc, input_precision="ieee", out_dtype=acc.dtype)
+    else:
+        return tl.dot(rows, tl.trans(weights), acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+@triton.jit
+def along_rows(v, SWAP: tl.constexpr):
+    """[BLOCK_M] -> broadcastable against an accumulator."""
+    return v[None, :] if SWAP else v[:, None]
+
+
+@triton.jit
+def along_weights(v, SWAP: tl.constexpr):
+    """[BLOCK_N] -> broadcastable against an accumulator."""
+    return v[:, None] if SWAP else v[None, :]
+
+
+@triton.jit
+def accumulate(
+    x,
+    live,
+    x_scale,
+    w,
+    w_scale,
+    w_zero,
+    acc,
+    expert,
+    n_block,
+    rows,
+    n_part,
+    k,
+    k_stored,
+    stride_ws,
+    X_GROUPS: tl.constexpr,
+    W_GROUP: tl.constexpr,
+    PACK: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWAP: tl.constexpr,
+    TMA: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """The loop over K.
+
+    x: pointers to the rows, live: which of them count. x_scale: pointers to their scales. w: descriptor or pointer. w_scale: pointer to the scales
+    of this expert. PACK: "" (a number an item), "int4" or "mxfp4". W_GROUP: K under one weight scale that has to be
+    applied inside the loop, else 0. X_GROUPS: the input has a scale every BLOCK_K. FAST: unpack with `e2m1_pairs`, which
+    leaves the result E2M1_PAIRS_FACTOR too small.
+    """
+    if PACK == "":
+        for k0 in tl.range(0, k, BLOCK_K):
+            tile = load_weights(
+                w, expert, n_block, rows, k0, n_part, k_stored, BLOCK_N, BLOCK_K, PARTS, TMA, EVEN_K
+            )
+            a = load_rows(x, live, k0, k, BLOCK_K, EVEN_K)
+            if X_GROUPS:
+                # Two levels: the scales change every 128 of K, so each block is summed by itself first.
+                block = k0 // 128
+                xs = tl.load(x_scale + block)
+                if UNIFORM == 1:
+                    ws = tl.load(w_scale + ((n_block * BLOCK_N) // 128) * stride_ws + block)
+                    scale = along_rows(xs * ws, SWAP)
+                elif UNIFORM == 2:
+                    # Two segments of the tile with one scale each; as a select on a constant index it costs nothing.
+                    SEGMENT: tl.constexpr = BLOCK_N // 2
+                    first = (n_block * (BLOCK_N // PARTS)) // 128
+                    second = first + (n_part // 128 if PARTS == 2 else 1)
+                    one = tl.load(w_scale + first * stride_ws + block)
+                    two = tl.load(w_scale + second * stride_ws + block)
+                    ws = tl.where(tl.arange(0, BLOCK_N) < SEGMENT, one, two)
+                    scale = along_rows(xs, SWAP) * along_weights(ws, SWAP)
+                else:
+                    ws = tl.load(w_scale + (rows // 128) * stride_ws + block)
+                    scale = along_rows(xs, SWAP) * along_weights(ws, SWAP)
+                part = product(a, tile, tl.zeros_like(acc), SWAP)
+                acc += part * scale
+            else:
+                if tile.dtype != a.dtype:
+                    tile = tile.to(a.dtype)
+                acc = product(a, tile, acc, SWAP)
+    else:
+        HALF: tl.constexpr = BLOCK_K // 2
+        GROUPS: tl.constexpr = HALF // W_GROUP if HALF > W_GROUP else 1
+        SPAN: tl.constexpr = HALF // GROUPS
+        for k0 in tl.range(0, k, BLOCK_K):
+            tile = load_weights(
+                w, expert, n_block, rows, k0 // 2, n_part, k_stored, BLOCK_N, HALF, PARTS, TMA, EVEN_K
+            )
+            if FAST:
+                low_at = tl.minimum(k0 // W_GROUP + tl.arange(0, GROUPS), stride_ws - 1)
+                high_at = tl.minimum((k0 + HALF) // W_GROUP + tl.arange(0, GROUPS), stride_ws - 1)
+                low_power = e8m0_for_pairs(tl.load(w_scale + rows[:, None] * stride_ws + low_at[None, :]))
+                high_power = e8m0_for_pairs(tl.load(w_scale + rows[:, None] * stride_ws + high_at[None, :]))
+                low, high = e2m1_pairs(
+                    tile,
+                    tl.broadcast_to(low_power[:, :, None], (BLOCK_N, GROUPS, SPAN)).reshape(BLOCK_N, HALF),
+                    tl.broadcast_to(high_power[:, :, None], (BLOCK_N, GROUPS, SPAN)).reshape(BLOCK_N, HALF),
+                )
+                acc = product(load_rows(x, live, k0, k, HALF, EVEN_K), low, acc, SWAP)
+                acc = product(load_rows(x, live, k0 + HALF, k, HALF, EVEN_K), high, acc, SWAP)
+            else:
+                for half in tl.static_range(2):
+                    a = load_rows(x, live, k0 + half * HALF, k, HALF, EVEN_K)
+                    code = (tile & 15) if half == 0 else (tile >> 4)
+                    group = (k0 + half * HALF) // W_GROUP
+                    if PACK == "mxfp4" and SPAN < HALF:
+                        at = tl.minimum(group + tl.arange(0, GROUPS), stride_ws - 1)
+                        power = e8m0(tl.load(w_scale + rows[:, None] * stride_ws + at[None, :]), a.dtype)
+                        power = tl.broadcast_to(power[:, :, None], (BLOCK_N, GROUPS, SPAN))
+                        value = e2m1(code, a.dtype) * power.reshape(BLOCK_N, HALF)
+                        acc = product(a, value, acc, SWAP)
+                    else:
+                        # One scale a row and half: it multiplies the half's product, and the numbers stay exact.
+                        at = tl.minimum(group, stride_ws - 1)
+                        scale = tl.load(w_scale + rows * stride_ws + at)
+                        if PACK == "mxfp4":
+                            scale = e8m0(scale, tl.float32)
+                            value = e2m1(code, a.dtype)
+                        elif HAS_ZERO:
+                            zero = tl.load(w_zero + rows * stride_ws + at)[:, None]
+                            value = (code.to(tl.int16) - zero.to(tl.int16)).to(a.dtype)
+                        else:
+                            value = (code.to(tl.int16) - 8).to(a.dtype)
+                        part = product(a, value, tl.zeros_like(acc), SWAP)
+                        acc += part * along_weights(scale, SWAP)
+    return acc

@@ -1,0 +1,60 @@
+"""What a launch needs to know about the device, in one place."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> tuple[int, int]:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return (0, 0)
+    return torch.cuda.get_device_capability(device)
+
+
+def is_hopper_or_newer(device: torch.device) -> bool:
+    """NVIDIA sm_90 and above: tensor descriptors in hardware, and programmatic dependent launch."""
+    return not interpreting() and _capability(device) >= (9, 0)
+
+
+def is_nvidia(device: torch.device) -> bool:
+    """An NVIDIA GPU with bfloat16 arithmetic (sm_80 and above), where inline PTX may be used."""
+    return not interpreting() and _capability(device) >= (8, 0)
+
+
+def dependent_launch(tensor: Tensor) -> dict[str, Any]:
+    """Keyword arguments of a launch that may start before its predecessor ends; the kernel takes PDL: tl.constexpr.
+
+    A kernel boundary in a CUDA graph costs about 1.0 us, and 0.6 us this way (measured on an H200).
+    """
+    if is_hopper_or_newer(tensor.device):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+@lru_cache(maxsize=64)
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors (NVIDIA) or compute units (AMD); a few under the interpreter."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Everything that earlier kernels wrote is visible after this. Then the next kernel may start its prologue."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()

@@ -1,0 +1,96 @@
+"""Weights narrower than a byte, from storage to numbers, in registers. Device functions only.
+
+The K order in storage is ours (`moe_core_triton.packing`): byte j of a block of PACK / 2 bytes holds element j in its low
+nibble and element j + PACK / 2 in its high one. Both nibbles of a loaded tile are then tiles of consecutive K: no
+shuffle, join or transpose is needed, and a tile stays in the registers that the tensor core reads.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def e2m1(code, DTYPE: tl.constexpr):
+    """Codes 0..15 (uint8) -> their values in DTYPE, exactly.
+
+    The three magnitude bits are an exponent and mantissa already: moved to those of DTYPE they are the value times a
+    power of two (subnormal numbers included), which one multiplication undoes.
+    """
+    if DTYPE == tl.bfloat16:
+        bits = ((code & 8).to(tl.uint16) << 12) | ((code & 7).to(tl.uint16) << 6)
+        return bits.to(tl.bfloat16, bitcast=True) * 8.507059173023462e37  # 2**126
+    elif DTYPE == tl.float16:
+        bits = ((code & 8).to(tl.uint16) << 12) | ((code & 7).to(tl.uint16) << 9)
+        return bits.to(tl.float16, bitcast=True) * 16384.0  # 2**14
+    else:
+        # float32 flushes subnormal numbers on some devices: 0 and 0.5 are set apart.
+        magnitude = (code & 7).to(tl.int32)
+        bits = ((magnitude + 252) << 22).to(tl.float32, bitcast=True)
+        small = magnitude.to(tl.float32) * 0.5
+        value = tl.where(magnitude < 2, small, bits)
+        return tl.where((code & 8) != 0, -value, value)
+
+
+@triton.jit
+def e8m0(byte, DTYPE: tl.constexpr):
+    """Scale bytes (uint8, bias 127) -> powers of two in DTYPE. 0 is 2**-127, 255 is NaN."""
+    exponent = byte.to(tl.int32)
+    bits = tl.where(exponent == 0, 0x00400000, exponent << 23)
+    bits = tl.where(exponent == 255, 0x7FC00000, bits)
+    return bits.to(tl.float32, bitcast=True).to(DTYPE)
+
+
+#: `e2m1_pairs` leaves its results this factor too small: the bits' 2**-126 and the scale's bias make 2**64 together.
+E2M1_PAIRS_FACTOR: tl.constexpr = tl.constexpr(1.8446744073709552e19)
+
+
+@triton.jit
+def e8m0_for_pairs(byte):
+    """Scale bytes -> bfloat16 powers of two, as `e2m1_pairs` wants them. Scales over 2**65 saturate; 255 is NaN."""
+    exponent = tl.minimum(byte.to(tl.int16) + 62, 254)
+    bits = tl.where(byte == 255, 0x7FC0, exponent << 7)
+    return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def e2m1_pairs(tile, low_scale, high_scale):
+    """uint8 tile and bfloat16 scales of the same shape -> (low, high) bfloat16 tiles, over E2M1_PAIRS_FACTOR.
+
+    NVIDIA only. Two integer operations and half a multiplication an element, four bytes at a time: bytes are spread over
+    16-bit lanes, sign and magnitude masked into place, and one bfloat16x2 multiplication scales two of them.
+    """
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 a, b, t, u, v, w, x;
+        prmt.b32 a, $4, 0, 0x1404;
+        prmt.b32 b, $4, 0, 0x3424;
+        shr.u32 t, a, 2;
+        and.b32 t, t, 0x01C001C0;
+        shl.b32 u, a, 4;
+        lop3.b32 t, u, 0x80008000, t, 0xEA;
+        shr.u32 u, b, 2;
+        and.b32 u, u, 0x01C001C0;
+        shl.b32 v, b, 4;
+        lop3.b32 u, v, 0x80008000, u, 0xEA;
+        shr.u32 v, a, 6;
+        and.b32 v, v, 0x01C001C0;
+        lop3.b32 v, a, 0x80008000, v, 0xEA;
+        shr.u32 w, b, 6;
+        and.b32 w, w, 0x01C001C0;
+        lop3.b32 w, b, 0x80008000, w, 0xEA;
+        mov.b32 x, 0x80008000;
+        fma.rn.bf16x2 $0, t, $5, x;
+        fma.rn.bf16x2 $1, u, $6, x;
+        fma.rn.bf16x2 $2, v, $7, x;
+        fma.rn.bf16x2 $3, w, $8, x;
+        }
+        """,
+        "=&r,=&r,=&r,=&r,r,r,r,r,r",
+        [tile, low_scale, high_scale],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=4,
+    )

@@ -1,0 +1,156 @@
+"""Every candidate is legal by the rules of the hardware, written here once more and differently."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from moe_core_triton.configs import device as devices
+from moe_core_triton.configs.candidates import candidates, gemms, why_not
+from moe_core_triton.configs.config import GemmConfig, LayerConfig, Problem
+
+from moe_core.errors import ConfigError
+
+DEVICES = {
+    "h200": devices.known("NVIDIA H200"),
+    "a100": devices.known("NVIDIA A100"),
+    "b200": devices.known("NVIDIA B200"),
+    "mi300x": devices.known("AMD Instinct MI300X"),
+    "mi355x": devices.known("AMD Instinct MI355X"),
+    "interpreter": devices.GENERIC,
+}
+SHAPES = {
+    "mixtral": Problem(8, 2, 4096, 14336),
+    "qwen": Problem(128, 8, 2048, 768),
+    "lfm2": Problem(32, 4, 2048, 1792),
+    "gpt-oss": Problem(128, 4, 2880, 2880),
+    "deepseek-tp8": Problem(256, 8, 7168, 256),
+    "tiny": Problem(4, 2, 64, 32),
+    "odd": Problem(3, 3, 96, 40, gated=False),
+}
+SCHEMES = ("bf16", "fp8_tensor", "fp8_block128", "int8_channel", "int8_w8a16", "int4_w4a16", "mxfp4_w4a16")
+H200, QWEN = DEVICES["h200"], SHAPES["qwen"]
+
+
+def rules(problem: Problem, config: LayerConfig, device: devices.Device, tokens: int) -> None:
+    """The rules of the brief."""
+    wide, lanes = device.arch in ("sm_90", "sm_100"), 64 if device.arch.startswith("gfx") else 32
+    weight = {"int4_w4a16": 0.5, "mxfp4_w4a16": 0.5, "bf16": {"float32": 4}.get(problem.dtype, 2)}.get(
+        problem.scheme, 1
+    )
+    token = 1 if problem.scheme.startswith(("fp8", "int8_c")) else {"float32": 4}.get(problem.dtype, 2)
+    if config.path == "tiny":
+        assert config.block_m == 1
+        assert tokens * problem.top_k <= 64
+        assert not any((config.up.swap, config.up.tma, config.down.swap, config.down.tma))
+    for part, gemm in (("up", config.up), ("down", config.down)):
+        gated = part == "up" and problem.gated
+        rows = gemm.block_n // 2 if gated else gemm.block_n
+        if gated:
+            assert gemm.block_n % 2 == 0
+            assert rows <= max(problem.intermediate, 32)
+        if problem.scheme == "fp8_block128":
+            assert 128 % rows == 0 or (rows == 256 and not gated and problem.matrix(part)[0] % 256 == 0)
+            assert gemm.block_k % 128 == 0
+        if problem.scheme in ("int4_w4a16", "mxfp4_w4a16"):
+            assert gemm.swap is (config.path == "tiles")
+            assert gemm.block_k % 64 == 0
+        if gemm.tma:
+            assert device.arch in ("sm_90", "sm_100")
+        if config.path == "tiny":
+            continue
+        assert config.block_m & (config.block_m - 1) == 0
+        assert (gemm.block_n if gemm.swap else config.block_m) >= (64 if wide else 16)
+        assert config.block_m >= (8 if wide else 16)
+        stages = max(1, gemm.num_stages - 1) if lanes == 64 else gemm.num_stages
+        assert (config.block_m * token + gemm.block_n * weight) * gemm.block_k * stages <= device.shared_bytes
+        levels = 2 if problem.scheme in ("fp8_block128", "int4_w4a16", "mxfp4_w4a16") else 1
+        assert config.block_m * gemm.block_n * levels / (gemm.num_warps * lanes) <= 200
+        assert gemm.split_k == 1 or gemm.split_k * gemm.block_k <= problem.matrix(part)[1]
+
+
+@pytest.mark.parametrize("machine", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_candidate_is_legal(shape, machine):
+    device = DEVICES[machine]
+    for scheme in SCHEMES:
+        problem = replace(SHAPES[shape], scheme=scheme)
+        for tokens in (1, 8, 64, 1024, 16384):
+            found = candidates(problem, tokens, device)
+            assert 1 <= len(found) <= 8
+            assert len(set(found)) == len(found)
+            for config in found:
+                assert why_not(problem, config, device, tokens) is None
+                rules(problem, config, device, tokens)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_other_dtypes(dtype):
+    for tokens in (1, 256):
+        problem = replace(SHAPES["tiny"], dtype=dtype)
+        for config in candidates(problem, tokens, H200):
+            rules(problem, config, H200, tokens)
+
+
+def test_the_short_list_is_various():
+    found = candidates(QWEN, 64, H200)
+    assert len(found) == 8
+    assert len({c.block_m for c in found}) > 1
+    assert len({(c.up.block_n, c.up.block_k) for c in found}) > 2
+    assert candidates(QWEN, 64, H200, limit=2) == found[:2]
+    assert candidates(QWEN, 0, H200) == candidates(QWEN, 1, H200)
+
+
+def test_few_tokens_here_of_a_large_call_are_not_tiny():
+    assert any(c.path == "tiny" for c in candidates(QWEN, 1, H200))
+    assert not any(c.path == "tiny" for c in candidates(QWEN, 1, H200, call_tokens=9))
+    assert not any(c.path == "tiny" for c in candidates(QWEN, 9, H200))
+
+
+GEMM = GemmConfig(64, 64, 4, 3, True, True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "up", "reason"),
+    [
+        ({"path": "none"}, {}, "no path"),
+        ({"path": "tiny"}, {}, "one token"),
+        ({"block_m": 24}, {}, "block_m is one of"),
+        ({}, {"block_n": 96}, "block_n is one of"),
+        ({}, {"num_warps": 3}, "num_warps is one of"),
+        ({}, {"split_k": 2}, "split_k is one of"),
+        ({}, {"block_n": 32}, "64 rows"),
+        ({"block_m": 32}, {"swap": False}, "64 rows"),
+        ({"path": "tiny", "block_m": 1}, {"block_n": 8, "num_stages": 1, "tma": False}, "no tensor cores"),
+        ({"block_m": 128}, {"block_n": 256, "num_warps": 4}, "accumulators"),
+        ({"block_m": 128}, {"block_n": 256, "num_warps": 8, "block_k": 256, "num_stages": 2}, "shared memory"),
+    ],
+)
+def test_what_is_not_legal_has_a_reason(layer, up, reason):
+    config = LayerConfig(**{"path": "tiles", "block_m": 16, "up": replace(GEMM, **up), "down": GEMM, **layer})
+    assert reason in (why_not(QWEN, config, H200) or "")
+
+
+def test_more_reasons():
+    config = LayerConfig("tiles", 64, GEMM, GEMM)
+    assert why_not(QWEN, config, H200) is None
+    assert "descriptor" in (why_not(QWEN, config, DEVICES["a100"]) or "")
+    assert "descriptor" in (why_not(replace(QWEN, hidden=2049), config, H200) or "")
+    assert "scales want" in (why_not(replace(QWEN, scheme="fp8_block128"), config, H200) or "")
+    assert "a tile of 32 rows" not in (why_not(SHAPES["tiny"], config, H200) or "")
+    wide = replace(config, up=replace(GEMM, block_n=128))
+    assert "a tile of 64 rows" in (why_not(SHAPES["tiny"], wide, H200) or "")
+    rows = LayerConfig("tiles", 64, replace(GEMM, swap=False), GEMM)
+    int4 = replace(QWEN, scheme="int4_w4a16", group_size=32)
+    assert "rows' side" in (why_not(int4, rows, H200) or "")
+
+
+def test_nothing_legal_is_an_error():
+    nothing = replace(devices.GENERIC, shared_bytes=100)
+    with pytest.raises(ConfigError, match="no kernel configuration can run E128"):
+        candidates(QWEN, 1024, nothing)
+
+
+def test_legal_spaces_are_of_a_searchable_size():
+    for block_m in (1, 8, 16, 64, 128):
+        assert 10 < len(list(gemms(QWEN, "up", block_m, H200))) < 800
