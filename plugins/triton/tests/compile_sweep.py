@@ -156,7 +156,7 @@ def registry() -> Registry:
         "triton_aot",
         runners=(spec,),
         adapters=tuple(replace(a, runner=RUNNER) for a in declared.ADAPTERS if a.runner == "triton"),
-        fused=(replace(declared.FUSED, runner=RUNNER),),
+        fused=tuple(replace(f, runner=RUNNER) for f in declared.FUSED if f.runner == "triton"),
         dispatchers=(replace(TESTING_STANDARD, name="testing_global", offers={STANDARD: offers}),),
     )
     return Registry(plugins=[testing_plugin, aot], autoload=False, settings=Settings())

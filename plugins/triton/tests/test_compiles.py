@@ -113,7 +113,9 @@ def test_a_few_variants_compile(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("MOE_CORE_COMPILE_ALL" not in os.environ, reason="takes ten minutes each; set MOE_CORE_COMPILE_ALL=1")
+@pytest.mark.skipif(
+    "MOE_CORE_COMPILE_ALL" not in os.environ, reason="takes ten minutes each; set MOE_CORE_COMPILE_ALL=1"
+)
 @pytest.mark.parametrize("target", ["sm_90", "sm_100", "gfx942", "gfx950"])
 def test_everything_compiles(tmp_path: Path, target: str) -> None:
     """No kernel is left out, none is too large for the shared memory."""

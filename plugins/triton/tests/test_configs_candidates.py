@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from moe_core_triton.configs import device as devices
-from moe_core_triton.configs.candidates import candidates, gemms, why_not
+from moe_core_triton.configs.candidates import blocks, candidates, gemm_candidates, gemms, why_not
 from moe_core_triton.configs.config import GemmConfig, LayerConfig, Problem
 
 from moe_core.errors import ConfigError
@@ -58,9 +58,15 @@ def rules(problem: Problem, config: LayerConfig, device: devices.Device, tokens:
         if gemm.tma:
             assert device.arch in ("sm_90", "sm_100")
         if config.path == "tiny":
+            slots = 1 << (problem.top_k - 1).bit_length() if part == "down" else 1
+            items = gemm.block_k // 2 if problem.scheme in ("int4_w4a16", "mxfp4_w4a16") else gemm.block_k
+            assert 4 <= slots * gemm.block_n * items / (lanes * gemm.num_warps) <= (32 if part == "down" else 64)
             continue
         assert config.block_m & (config.block_m - 1) == 0
-        assert (gemm.block_n if gemm.swap else config.block_m) >= (64 if wide else 16)
+        packed = problem.scheme in ("int4_w4a16", "mxfp4_w4a16")
+        assert gemm.num_warps in ((1, 2, 4, 8) if packed else (4, 8))
+        assert (gemm.block_n if gemm.swap else config.block_m) >= (64 if wide and gemm.num_warps >= 4 else 16)
+        assert not (packed and gemm.num_warps < 4) or gemm.block_n * gemm.block_k / 4 <= 64 * lanes * gemm.num_warps
         assert config.block_m >= (8 if wide else 16)
         stages = max(1, gemm.num_stages - 1) if lanes == 64 else gemm.num_stages
         assert (config.block_m * token + gemm.block_n * weight) * gemm.block_k * stages <= device.shared_bytes
@@ -143,6 +149,42 @@ def test_more_reasons():
     rows = LayerConfig("tiles", 64, replace(GEMM, swap=False), GEMM)
     int4 = replace(QWEN, scheme="int4_w4a16", group_size=32)
     assert "rows' side" in (why_not(int4, rows, H200) or "")
+
+
+def test_packed_weights_may_have_the_instruction_of_one_warp():
+    packed = replace(QWEN, scheme="mxfp4_w4a16")
+    two = GemmConfig(64, 128, 2, 4, True, True)
+    assert why_not(packed, LayerConfig("tiles", 16, two, replace(two, num_warps=1)), H200) is None
+    assert why_not(packed, LayerConfig("tiles", 16, replace(two, block_n=32), two), H200) is None
+    assert "num_warps" in (why_not(QWEN, LayerConfig("tiles", 16, two, two), H200) or "")
+    four = replace(two, block_n=32, num_warps=4)
+    assert "64 rows" in (why_not(packed, LayerConfig("tiles", 16, four, two), H200) or "")
+    large = replace(two, block_n=256, num_warps=1)
+    assert "unpacked" in (why_not(packed, LayerConfig("tiles", 8, large, two), H200) or "")
+    for part in ("up", "down"):
+        found = gemm_candidates(packed, part, 16, 64, H200, 8)
+        assert 3 <= sum(g.num_warps < 4 for g in found)
+        assert (64, 128, 2) in {(g.block_n, g.block_k, g.num_warps) for g in found}
+
+
+def test_the_tiny_path_has_all_slots_of_a_token_in_a_program():
+    up, down = GemmConfig(8, 256, 4, 1, False, False), GemmConfig(1, 512, 4, 1, False, False)
+    assert why_not(QWEN, LayerConfig("tiny", 1, up, down), H200) is None
+    assert "block_n is one of" in (why_not(QWEN, LayerConfig("tiny", 1, down, down), H200) or "")
+    wide = replace(down, block_n=8)
+    assert "256 weights a thread" in (why_not(QWEN, LayerConfig("tiny", 1, up, wide), H200) or "")
+    assert why_not(replace(QWEN, top_k=1), LayerConfig("tiny", 1, up, wide), H200) is None
+
+
+def test_lists_of_one_gemm_are_legal_and_various():
+    ranked = blocks(QWEN, 64, H200)
+    assert ranked == sorted(ranked)
+    assert ranked[0][1] == candidates(QWEN, 64, H200)[0].block_m
+    found = gemm_candidates(QWEN, "up", 16, 64, H200, 10)
+    assert len(set(found)) == 10
+    assert found[0] == next(c.up for c in candidates(QWEN, 64, H200, 50) if c.block_m == 16)
+    assert len({(g.block_n, g.block_k) for g in found}) > 4
+    assert {1} == {m for _, m in blocks(QWEN, 1, H200)} - {m for _, m in blocks(QWEN, 1, H200, call_tokens=64)}
 
 
 def test_nothing_legal_is_an_error():

@@ -32,8 +32,7 @@ def tiles(block_m: int) -> LayerConfig:
 
 
 def tiny() -> LayerConfig:
-    gemm = GemmConfig(8, 256, 4, 1, False, False)
-    return LayerConfig("tiny", 1, gemm, gemm)
+    return LayerConfig("tiny", 1, GemmConfig(8, 256, 4, 1, False, False), GemmConfig(2, 128, 4, 1, False, False))
 
 
 @pytest.fixture

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from moe_core import Activation, MoeConfig
+from moe_core.errors import WeightError
+from moe_core.formats import BatchedDispatchOutput, GroupedDispatchOutput
+from moe_core.protocols import RunningState
 from moe_core.topk import TopKOutput
 from moe_core.vocabulary import Phase
 
@@ -33,20 +40,26 @@ LAYERS: dict[str, dict[str, Any]] = {
 ROUTINGS = ("uniform", "one_hot", "skewed", "dropped", "duplicate", "none")
 
 
+def _capture(work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of `work`, warmed up as torch wants it, and what it returned."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+    return graph, result
+
+
 class Captured:
     """A plan captured for a number of tokens, with its static inputs."""
 
     def __init__(self, plan: Any, hidden: torch.Tensor, topk: TopKOutput) -> None:
         self.hidden, self.topk = hidden.clone(), TopKOutput(topk.topk_ids.clone(), topk.topk_weights.clone())
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                plan(self.hidden, self.topk, phase=Phase.DECODE)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = plan(self.hidden, self.topk, phase=Phase.DECODE)
+        self.graph, self.result = _capture(lambda: plan(self.hidden, self.topk, phase=Phase.DECODE))
 
     def replay(self, hidden: torch.Tensor, topk: TopKOutput) -> torch.Tensor:
         """The result for other values of the same shapes."""
@@ -83,15 +96,47 @@ def test_replay_equals_eager(lab: Any, layer: str, path: str) -> None:
         assert not replayed.any()
 
 
+def _static(given: Any) -> Any:
+    """The same dispatch output in tensors of its own, which a graph may be captured with."""
+    tensors = {f.name: getattr(given, f.name) for f in fields(given)}
+    return replace(given, **{name: value.clone() for name, value in tensors.items() if isinstance(value, Tensor)})
+
+
+def _fill(static: Any, given: Any) -> None:
+    """The values of a dispatch output of the same shapes."""
+    for f in fields(static):
+        value = getattr(static, f.name)
+        if isinstance(value, Tensor):
+            value.copy_(getattr(given, f.name))
+
+
+def _live(d: Any) -> Tensor:
+    """Which rows of the result count: [E, M] or [rows]."""
+    if isinstance(d, BatchedDispatchOutput):
+        return torch.arange(d.hidden_states.shape[1], device=d.masked_m.device) < d.masked_m[:, None]
+    if isinstance(d, GroupedDispatchOutput):
+        return d.row_ids >= 0
+    return torch.arange(d.hidden_states.shape[0], device=d.hidden_states.device) < d.num_valid
+
+
 @pytest.mark.parametrize("dispatcher", ["testing_batched", "testing_grouped", "testing_standard", "testing_global"])
 def test_replay_of_other_formats(lab: Any, dispatcher: str) -> None:
+    """The runner alone: the kit's dispatchers copy from the host, so they make their tensors outside the graph."""
     config = lab.config(**LAYERS["fp8_block128"])
     weights = lab.layer(config, tokens=1).weights
-    plan = lab.plan(config, weights, dispatcher=dispatcher, graph_capture={Phase.DECODE})
-    calls = _calls(lab, config, 40)
-    captured = Captured(plan, *calls[0])
-    for call, routing in zip(calls, ROUTINGS, strict=True):
-        assert torch.equal(captured.replay(*call), plan(*call, phase=Phase.DECODE)), routing
+    plan = lab.plan(config, weights, dispatcher=dispatcher)
+    oracle = lab.plan(config, weights, "split", runner="reference")
+    calls, state = _calls(lab, config, 40), RunningState(Phase.DECODE)
+    outputs = [plan.dispatch(*call, RunningState(Phase.DECODE)) for call in calls]
+    static = _static(outputs[-1])  # captured while nothing was routed
+    graph, captured = _capture(lambda: plan.run(static, state))
+    for call, given, routing in zip(calls, outputs, ROUTINGS, strict=True):
+        _fill(static, given)
+        graph.replay()
+        live, eager = _live(given), plan.run(given, RunningState(Phase.DECODE))
+        assert torch.equal(captured.hidden_states[live], eager.hidden_states[live]), routing
+        result = plan.combine(replace(eager, hidden_states=captured.hidden_states), RunningState(Phase.DECODE))
+        lab.close(result, oracle(*call), config, f"the replay of {dispatcher}, {routing},")
 
 
 def test_graphs_of_several_sizes_share_a_pool(lab: Any) -> None:
@@ -118,20 +163,31 @@ def test_a_graph_sees_updated_weights(lab: Any) -> None:
     lab.close(new, lab.expected(config, weights, *call), config)
 
 
-def test_a_graph_sees_static_scales_that_become_different(lab: Any) -> None:
-    """Captured while all experts shared one input scale: the update must not need another kernel than the graph has."""
+def test_a_graph_sees_static_scales_of_other_values(lab: Any) -> None:
+    """As long as all experts share one: tokens quantized once, as the graph does it, cannot serve several."""
     config = lab.config(**SIZES, scheme="fp8_tensor")
     weights = lab.layer(config, 1, tokens=1).weights
     equal = torch.full((64,), 0.01, device=lab.device)
-    both = {"w13_input_scale": equal, "w2_input_scale": equal}
-    plan = lab.plan(config, replace(weights, **both), "fused", graph_capture={Phase.DECODE})
+    plan = lab.plan(config, _scaled(weights, equal), "fused", graph_capture={Phase.DECODE})
     call = lab.tokens(config, 16, 3)
     captured = Captured(plan, *call)
-    spread = torch.linspace(0.25, 2.0, 64, device=lab.device)
-    other = replace(weights, **{name: scale * spread for name, scale in both.items()})
+    first = captured.replay(*call)
+    # So small that values saturate: another scale that does not would give nearly the same result.
+    other = _scaled(weights, equal / 16)
     plan.update_weights(other)
-    assert torch.equal(captured.replay(*call), plan(*call, phase=Phase.DECODE))
-    lab.close(captured.replay(*call), lab.expected(config, other, *call), config)
+    result, wanted = captured.replay(*call), lab.expected(config, other, *call)
+    assert torch.equal(result, plan(*call, phase=Phase.DECODE))
+    lab.close(result, wanted, config)
+    lab.nearer(result, wanted, first)
+    spread = torch.linspace(0.25, 2.0, 64, device=lab.device)
+    with pytest.raises(WeightError, match="static input scales"):
+        plan.update_weights(_scaled(lab.layer(config, 2, tokens=1).weights, equal * spread))
+    assert torch.equal(captured.replay(*call), result), "a refused update changed something"
+
+
+def _scaled(weights: Any, scale: Tensor) -> Any:
+    """The weights with static input scales of their own: an update writes into them."""
+    return replace(weights, w13_input_scale=scale.clone(), w2_input_scale=scale.clone())
 
 
 def test_two_plans_on_two_streams(lab: Any) -> None:
@@ -213,17 +269,30 @@ def test_deterministic(lab: Any, layer: str, tokens: int) -> None:
     assert all(torch.equal(plan(*call), first) for _ in range(20))
 
 
+@contextlib.contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    """torch itself raises where something waits for the device. It warns that it does not know every such place."""
+
+    def mode(name: str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode(name)
+
+    try:
+        mode("error")
+        yield
+    finally:
+        mode("default")
+
+
 @pytest.mark.parametrize("layer", ["bf16", "fp8_block128"])
 def test_a_forward_does_not_wait_for_the_device(lab: Any, layer: str) -> None:
-    """No copy to the host: torch itself raises where something waits."""
+    """No copy to the host and none from it."""
     config = lab.config(**LAYERS[layer])
     plan = lab.plan(config, lab.layer(config, tokens=1).weights, "fused")
     calls = [lab.tokens(config, tokens, 1) for tokens in (4, 700)]
     for call in calls:
         plan(*call)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with _waiting_is_an_error():
         for call in calls:
             plan(*call)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -27,16 +28,20 @@ def _terms(plan: Any) -> Any:
     return next(iter(plan.terms.values()))
 
 
-@pytest.mark.parametrize("dispatcher", DISPATCHERS)
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    ("dispatcher", "pattern"),
+    [*itertools.product(EXPERT_MAJOR, PATTERNS), ("testing_standard", "dropped"), ("testing_global", "duplicate")],
+)
 def test_pattern(lab: Any, dispatcher: str, pattern: str) -> None:
     """`one_hot` leaves all experts but one empty; the kit's padding rows hold NaN, and so do dropped weights."""
     config = lab.config(bias=True)
     lab.verify(config, lab.layer(config, 2, tokens=5, pattern=pattern), dispatcher=dispatcher)
 
 
-@pytest.mark.parametrize("dispatcher", DISPATCHERS)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("dispatcher", "scheme"),
+    [*itertools.product(EXPERT_MAJOR, SCHEMES), ("testing_standard", "fp8_tensor"), ("testing_global", "int4_w4a16")],
+)
 def test_scheme(lab: Any, dispatcher: str, scheme: str) -> None:
     config = lab.config(scheme=scheme)
     lab.verify(config, lab.layer(config, pattern="dropped"), dispatcher=dispatcher)
@@ -81,7 +86,7 @@ def test_the_runner_weighs_the_rows(lab: Any, dispatcher: str, on_input: bool) -
 
 
 @pytest.mark.parametrize("dispatcher", EXPERT_MAJOR)
-@pytest.mark.parametrize("pattern", ["one_hot", "duplicate", "uniform"])
+@pytest.mark.parametrize("pattern", ["one_hot", "uniform"])
 @pytest.mark.parametrize("scheme", ["bf16", "fp8_block128"])
 def test_full_experts(lab: Any, dispatcher: str, pattern: str, scheme: str) -> None:
     """No padding at all: with `one_hot`, masked_m of an expert is M, and the others have no row."""
@@ -113,15 +118,17 @@ def _poisoned(d: Any, value: float) -> Any:
     return replace(d, hidden_states=hidden, row_weights=weights)
 
 
-@pytest.mark.parametrize("dispatcher", EXPERT_MAJOR)
-@pytest.mark.parametrize("scheme", ["bf16", "fp8_tensor"])
+@pytest.mark.parametrize(
+    ("dispatcher", "scheme"),
+    [("testing_batched", "bf16"), ("testing_grouped", "bf16"), ("testing_grouped", "fp8_tensor")],
+)
 def test_padding_rows_may_hold_anything(lab: Any, dispatcher: str, scheme: str) -> None:
     """Bit for bit: a scale of the whole tensor (fp8_tensor) is taken from the rows that count."""
     config = lab.config(scheme=scheme, router_weight_on_input=True)
     layer = lab.layer(config, pattern="dropped")
     plan = lab.plan(config, layer.weights, dispatcher=dispatcher)
     results = []
-    for value in (float("nan"), float("inf"), 0.0, 3e4):
+    for value in (float("nan"), float("inf"), 0.0, 3e4) if lab.on_gpu else (float("nan"), 3e4):
         state = RunningState()
         results.append(_steps(plan, _poisoned(plan.dispatch(layer.hidden, layer.topk, state), value), state))
     lab.close(results[0], lab.expected(config, *layer), config)

@@ -31,7 +31,7 @@ def _standard_rows(d: StandardDispatchOutput, mapped: bool) -> ExpertRows:
         d.hidden_states,
         tokens=d.topk_ids.shape[0],
         scale=d.hidden_scale,
-        weights=d.topk_weights,
+        weights=None if d.topk_weights is None else d.topk_weights.contiguous(),
         ids=d.topk_ids,
         expert_map=d.expert_map if mapped else None,
         num_valid=d.num_valid,
@@ -41,6 +41,12 @@ def _standard_rows(d: StandardDispatchOutput, mapped: bool) -> ExpertRows:
 def _mapped(binding: Binding) -> bool:
     """Whether ids are global: then the dispatcher's map says which live here."""
     return binding.terms is not None and binding.terms.id_space is IdSpace.GLOBAL
+
+
+def standard_reader(binding: Binding) -> Callable[[StandardDispatchOutput], ExpertRows]:
+    """What `LayerSequence.prepare` takes, from a dispatch output of the format `standard`."""
+    mapped = _mapped(binding)
+    return lambda d: _standard_rows(d, mapped)
 
 
 def pre_standard(binding: Binding) -> Callable[..., Call]:

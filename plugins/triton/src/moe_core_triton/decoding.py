@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_core_triton.calls import Call, ExpertRows
 from moe_core_triton.configs.config import GemmConfig
 from moe_core_triton.kernels.decode import decode_down, decode_up
-from moe_core_triton.kernels.launching import dependent_launch
+from moe_core_triton.kernels.launching import dependent_launch, is_hopper_or_newer
 from moe_core_triton.weights import Projection, TritonWeights
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ _QUANT = {None: "", "fp8_group128": "group", "fp8_token": "fp8", "int8_token": "
 def decodes(layer: LayerSequence, rows: ExpertRows, weights: TritonWeights, state: RunningState) -> bool:
     """Whether the two kernels compute this call: a scale over the whole tensor, for one, they cannot know."""
     if rows.ids is None or rows.scale is not None or rows.num_valid is not None or state.hooks is not None:
+        return False
+    if weights.up.pack == "mxfp4_words":
         return False
     if layer.payload == "fp8_tensor":
         static = weights.up.input_scale is not None and weights.down.input_scale is not None
@@ -40,6 +42,7 @@ def _arguments(w: Projection, config: GemmConfig, payload: str | None) -> dict[s
         width = max(width, 128)
     return {
         "QUANT": _QUANT[payload],
+        "NATIVE": is_hopper_or_newer(w.data.device),
         "W_SCALE": w.weight_scale,
         "W_GROUP": w.group,
         "PACK": w.pack,

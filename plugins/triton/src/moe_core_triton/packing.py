@@ -11,10 +11,11 @@ def pack_width(group: int, *, scale_in_loop: bool) -> int:
     return 2 * min(group, 64) if scale_in_loop else 128
 
 
-def repack(data: Tensor, width: int, out: Tensor | None = None) -> Tensor:
+def halves(data: Tensor, width: int, *, words: bool = False, out: Tensor | None = None) -> Tensor:
     """uint8 [E, N, K / 2], neighbors in a byte -> uint8 [E, N, ceil(K / width) * width / 2], halves of a block in a byte.
 
-    K is padded with code 0. One expert at a time: the unpacked codes take as much memory as one expert in int8.
+    K is padded with code 0. words: the bits as `words` lays them. One expert at a time: the unpacked codes take as much
+    memory as one expert in int8.
     """
     experts, n, half = data.shape
     k = 2 * half
@@ -26,5 +27,28 @@ def repack(data: Tensor, width: int, out: Tensor | None = None) -> Tensor:
         codes[:, 0:k:2] = data[expert] & 15
         codes[:, 1:k:2] = data[expert] >> 4
         pairs = codes.view(n, blocks, 2, width // 2)
-        out[expert] = (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).view(n, -1)
+        low, high = pairs[:, :, 0], pairs[:, :, 1]
+        out[expert] = (_words(low, high) if words else low | (high << 4)).view(n, -1)
     return out
+
+
+def _words(low: Tensor, high: Tensor) -> Tensor:
+    """e2m1 codes [..., H] of two halves -> uint8 [..., H]: four bytes are a word of eight codes.
+
+    A 16-bit lane of a word has, from the top: the signs of its codes 0, 2, 3 and 1, then the magnitudes of 3, 0, 1 and
+    2. Lane 0 has low 0 and 2 and high 0 and 2 as codes 0 to 3, lane 1 the odd ones.
+    """
+    lanes = []
+    for odd in (0, 1):
+        codes = [part.unflatten(-1, (-1, 4))[..., at].int() for part in (low, high) for at in (odd, odd + 2)]
+        sign, size = [code >> 3 for code in codes], [code & 7 for code in codes]
+        signs = (sign[0] << 15) | (sign[2] << 14) | (sign[3] << 13) | (sign[1] << 12)
+        lanes.append(signs | (size[3] << 9) | (size[0] << 6) | (size[1] << 3) | size[2])
+    parts = [lane >> shift & 255 for lane in lanes for shift in (0, 8)]
+    return torch.stack(parts, dim=-1).to(torch.uint8).flatten(-2)
+
+
+def pad_groups(scale: Tensor, k: int, width: int, group: int) -> Tensor:
+    """Scales or zero points [E, N, K / group] -> [E, N, groups of the padded K], zero where there is no weight."""
+    groups = -(-k // width) * width // group
+    return torch.nn.functional.pad(scale, (0, groups - scale.shape[-1]))

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from moe_core_triton.configs.config import GemmConfig
 from moe_core_triton.kernels.gemm import grouped_gemm
-from moe_core_triton.kernels.launching import dependent_launch, is_hopper_or_newer, is_nvidia, processors
+from moe_core_triton.kernels.launching import dependent_launch, is_hopper_or_newer, processors
 from moe_core_triton.row_table import RowTable
 from moe_core_triton.weights import Projection
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What is multiplied. data: [rows, K]. kind: "" (as it is), "row" (scale [rows, 1]), "group" ([rows, K / 128]) or
-    "expert" (one scale an expert, or one in all: then its stride is 0). divisor: row of a slot is slot // divisor; 0
+    """What is multiplied. data: [rows, K]. kind: "" (as it is), "row" (scale [rows, 1]), "group" ([rows, K / 128]),
+    "inline" (no scale yet: the product quantizes groups of 128 itself) or "expert" (one scale an expert, or one in all:
+    then its stride is 0). divisor: row of a slot is slot // divisor; 0
     where a position is its own row."""
 
     data: Tensor
@@ -126,7 +127,6 @@ def grouped_product(
         TMA=tma,
         EVEN_K=w.k % block_k == 0,
         UNIFORM=uniform_scales(w, config.block_n) if w.weight_scale == "block" else 0,
-        FAST=w.pack == "mxfp4" and rows.data.dtype == torch.bfloat16 and is_nvidia(out.device),
         NATIVE=is_hopper_or_newer(out.device),
         PERSISTENT=config.persistent,
         TILES_POW2=triton.next_power_of_2(table.tiles) if config.persistent else 1,

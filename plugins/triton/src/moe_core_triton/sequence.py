@@ -14,10 +14,10 @@ from torch import Tensor
 from moe_core_triton.calls import Call, ExpertRows
 from moe_core_triton.decoding import decode_layer, decodes
 from moe_core_triton.hooking import call_hook
-from moe_core_triton.inputs import KINDS, input_rows, live_positions
+from moe_core_triton.inputs import KINDS, input_rows, live_positions, position_experts, quantizes_inline
 from moe_core_triton.kernels.activation import apply_activation
 from moe_core_triton.kernels.align import align, cover
-from moe_core_triton.kernels.combine import combine
+from moe_core_triton.kernels.combine import combine, weigh
 from moe_core_triton.kernels.quantize import quantize_rows
 from moe_core_triton.planning import Planner
 from moe_core_triton.products import Epilogue, Rows, grouped_product
@@ -103,9 +103,9 @@ class LayerSequence:
     def _up(self, call: Call, weights: TritonWeights, hooks: RunnerHooks) -> Rows:
         """GEMM1 and the activation; the result quantized for GEMM2, in the same kernel where a tile holds what it takes."""
         w, table, config = weights.up, call.table, call.config.up
-        weigh = "in" if self.weigh_input and not call.weighed_input else ""
+        weighing = "in" if self.weigh_input and not call.weighed_input else ""
         flat = None if call.rows.weights is None else call.rows.weights.reshape(-1)
-        epilogue = {"weigh": weigh, "weights": flat if weigh else None}
+        epilogue = {"weigh": weighing, "weights": flat if weighing else None}
         if hooks.after_gate_up is not None:
             gate_up = self._rows(table.positions, w.parts * w.n, call)
             grouped_product(call.x, w, table, gate_up, Epilogue(**epilogue), config, prefetch=False)
@@ -114,7 +114,8 @@ class LayerSequence:
             apply_activation(gate_up, hidden, self.config.activation)
             return self._quantized(hidden, call, weights.down)
         activation = self.config.activation
-        if self.payload == "fp8_group128" and config.block_n // w.parts == 128:
+        inline = quantizes_inline(self.payload, table.block_m)
+        if self.payload == "fp8_group128" and not inline and config.block_n // w.parts == 128:
             hidden = self._rows(table.positions, w.n, call, torch.float8_e4m3fn)
             scale = self._rows(table.positions, -(-w.n // 128), call, torch.float32)
             given = Epilogue(activation, **epilogue, quant="group", scale=scale)
@@ -132,13 +133,13 @@ class LayerSequence:
     def _quantized(self, hidden: Tensor, call: Call, w: Projection) -> Rows:
         if self.payload is None:
             return Rows(hidden)
+        if quantizes_inline(self.payload, call.table.block_m):
+            return Rows(hidden, kind="inline")
         if self.payload != "fp8_tensor":
             data, scale = quantize_rows(hidden, self.payload)
             return Rows(data, 0, scale, KINDS[self.payload])
         slots = torch.arange(call.table.positions, device=hidden.device, dtype=torch.int32)
         if w.input_scale is not None:
-            from moe_core_triton.inputs import position_experts
-
             data, scale = quantize_rows(
                 hidden, "fp8_tensor", slots=slots, scale=w.input_scale, row_experts=position_experts(call.table)
             )
@@ -153,8 +154,8 @@ class LayerSequence:
         """GEMM2: rows by slot where there are slots, weighed in the epilogue unless a hook has to see them before."""
         table, rows, config = call.table, call.rows, call.config.down
         hooked = hooks.after_down is not None
-        weigh = "" if hooked else "out" if self.weigh else "scale" if self.factor != 1.0 else ""
-        flat = rows.weights.reshape(-1) if weigh == "out" and rows.weights is not None else None
+        weighing = "" if hooked else "out" if self.weigh else "scale" if self.factor != 1.0 else ""
+        flat = rows.weights.reshape(-1) if weighing == "out" and rows.weights is not None else None
         by_slot = table.slots is not None and not hooked
         # One slot a token, or rows that are not summed: GEMM2 writes the result itself.
         direct = by_slot and (not self.sums or self.top_k == 1)
@@ -163,7 +164,7 @@ class LayerSequence:
             out = whole.view(-1, w.n) if whole.is_contiguous() else whole
         else:
             out = self._rows(table.positions, w.n, call)
-        given = Epilogue(weigh=weigh, weights=flat, factor=self.factor, scatter=by_slot)
+        given = Epilogue(weigh=weighing, weights=flat, factor=self.factor, scatter=by_slot)
         grouped_product(hidden, w, table, out, given, config, prefetch=not hooked)
         call.weighed = not hooked
         if hooked:
@@ -193,7 +194,5 @@ class LayerSequence:
         if self.sums:
             combine(call.result, out, local_ids=call.table.local_ids, weights=weights, scale=factor)
         else:
-            from moe_core_triton.kernels.combine import weigh
-
             weigh(call.result, out, local_ids=call.table.local_ids, weights=weights, scale=factor)
         return out

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from moe_core.errors import WeightError
 from moe_core.protocols import Binding
 from moe_core.weights import CanonicalWeights
 from torch import Tensor
 
-from moe_core_triton.packing import pack_width, repack
+from moe_core_triton.kernels.launching import is_nvidia
+from moe_core_triton.packing import halves, pad_groups, pack_width
 
 LAYOUT = "rows"
 
@@ -34,7 +36,7 @@ class Projection:
     """One of the two matrices. data: [E, parts * n, k_stored] in the storage dtype; n rows a part (gate, up).
 
     scale: [E, ...] contiguous, as the scheme has it; zero: uint8 like it; bias: [E, parts * n]. input_scale: float32
-    [E], static activation scales. one_input_scale: whether all of them are equal. pack: "", "int4" or "mxfp4", group: K
+    [E], static activation scales. one_input_scale: whether all of them are equal. pack: "", "int4", "mxfp4" or "mxfp4_words", group: K
     under one scale where packed, pack_width: K elements of a packed block.
     """
 
@@ -115,13 +117,18 @@ def prepare(weights: CanonicalWeights, binding: Binding) -> TritonWeights:
 
 def update(quant_info: TritonWeights, weights: CanonicalWeights, binding: Binding) -> None:
     """New values into the same memory."""
-    for name, held in (("w13", quant_info.up), ("w2", quant_info.down)):
-        fresh = _projection(weights, name, held.parts, binding)
+    fresh_pair = [_projection(weights, name, 1 if name == "w2" else quant_info.up.parts, binding) for name in ("w13", "w2")]
+    for held, fresh in zip((quant_info.up, quant_info.down), fresh_pair, strict=True):
+        if held.one_input_scale and not fresh.one_input_scale:
+            raise WeightError(
+                "the static input scales were the same for all experts when the plan was made, and differ now",
+                hint="make the plan anew: tokens quantized once, and graphs captured so, cannot serve them",
+            )
+    for held, fresh in zip((quant_info.up, quant_info.down), fresh_pair, strict=True):
         for part in ("data", "scale", "zero", "bias", "input_scale"):
             old, new = getattr(held, part), getattr(fresh, part)
             if old is not None and old.data_ptr() != new.data_ptr():
                 _raw(old).copy_(_raw(new))
-        held.one_input_scale = fresh.one_input_scale
 
 
 def _raw(tensor: Tensor) -> Tensor:
@@ -138,7 +145,12 @@ def _projection(weights: CanonicalWeights, name: str, parts: int, binding: Bindi
         group = layout.columns if layout is not None else 0
         # float16 has too few exponents for e8m0: there, and for int4, the scale multiplies the product of a half.
         width = pack_width(group, scale_in_loop=pack == "int4" or binding.dtype is torch.float16)
-        data = repack(data, width)
+        # The words of `kernels.unpack.e2m1_words` need bfloat16 and NVIDIA's instructions.
+        words = pack == "mxfp4" and binding.dtype is torch.bfloat16 and is_nvidia(data.device)
+        data = halves(data, width, words=words)
+        scale = pad_groups(scale, k, width, group)
+        zero = None if zero is None else pad_groups(zero, k, width, group)
+        pack = "mxfp4_words" if words else pack
     if scale is not None:
         scale = scale.view(torch.uint8) if scale.element_size() == 1 else scale.float()
         scale = scale.reshape(scale.shape[0], -1, 1 if scale.dim() == 1 else scale.shape[-1]).contiguous()

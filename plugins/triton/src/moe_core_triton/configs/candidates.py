@@ -18,16 +18,22 @@ BLOCK_M: Final = (8, 16, 32, 64, 128, 256)
 BLOCK_N: Final = (16, 32, 64, 128, 256)
 BLOCK_K: Final = (32, 64, 128, 256)
 WARPS: Final = (4, 8)
+#: Packed weights too: with fewer than four warps Triton takes the instruction that reads operands from registers
+#: (mma.sync), which is where such weights are unpacked.
+PACKED_WARPS: Final = (1, 2, 4, 8)
 STAGES: Final = (2, 3, 4, 5, 6)
 GROUP_M: Final = (1, 4, 8, 16)
 SPLIT_K: Final[dict[str, tuple[int, ...]]] = {"up": (1,), "down": (1,)}
-TINY_BLOCK_N: Final = (2, 4, 8, 16, 32)
+#: Rows of GEMM2 count once for each slot of a token: a program has all of them.
+TINY_BLOCK_N: Final[dict[str, tuple[int, ...]]] = {"up": (2, 4, 8, 16, 32), "down": (1, 2, 4, 8)}
 TINY_BLOCK_K: Final = (64, 128, 256, 512, 1024)
 TINY_WARPS: Final = (2, 4, 8)
 TINY_STAGES: Final = (1, 2, 3, 4)
-#: The most accumulator registers, or weights of a tile of the tiny path, that a thread may hold.
+#: The most accumulator registers, or weights of a tile of the tiny path, that a thread may hold; and registers of
+#: unpacked weights, where the tensor cores read them from there.
 MOST_ACCUMULATORS: Final = 200
-MOST_TINY_WEIGHTS: Final = 64
+MOST_TINY_WEIGHTS: Final = {"up": 64, "down": 32}
+MOST_UNPACKED: Final = 64
 
 
 def why_not(problem: Problem, config: LayerConfig, device: Device, tokens: int | None = None) -> str | None:
@@ -54,9 +60,9 @@ def gemm_why_not(problem: Problem, part: str, gemm: GemmConfig, block_m: int, de
     n, k = problem.matrix(part)
     gated = part == "up" and problem.gated
     lists = {
-        "block_n": TINY_BLOCK_N if tiny else BLOCK_N,
+        "block_n": TINY_BLOCK_N[part] if tiny else BLOCK_N,
         "block_k": TINY_BLOCK_K if tiny else BLOCK_K,
-        "num_warps": TINY_WARPS if tiny else WARPS,
+        "num_warps": TINY_WARPS if tiny else _warps(problem),
         "num_stages": TINY_STAGES if tiny else STAGES,
         "group_m": (1,) if tiny else GROUP_M,
         "split_k": SPLIT_K[part],
@@ -81,18 +87,22 @@ def gemm_why_not(problem: Problem, part: str, gemm: GemmConfig, block_m: int, de
         return "a tile of more than one scale block of rows"
     if gemm.tma and (not device.descriptors or tiny or k * traits.weight_bytes % 16):
         return "no tensor descriptor for these weights here"
-    held = model.accumulators(problem, gemm, block_m, device)
+    held = model.accumulators(problem, part, gemm, block_m, device)
     if tiny:
         if gemm.swap or gemm.persistent:
             return "the tiny path has no tensor cores, and a program a tile"
         if held < 4:
             return "more threads than work"
-        return None if held <= MOST_TINY_WEIGHTS else f"{held:.0f} weights a thread"
+        return None if held <= MOST_TINY_WEIGHTS[part] else f"{held:.0f} weights a thread"
     return _tiles_why_not(problem, gemm, block_m, device, held)
 
 
+def _warps(problem: Problem) -> tuple[int, ...]:
+    return PACKED_WARPS if problem.traits.swap_only else WARPS
+
+
 def _tiles_why_not(problem: Problem, gemm: GemmConfig, block_m: int, device: Device, held: float) -> str | None:
-    least = 64 if device.wide else 16
+    least = 64 if model.warp_groups(gemm, device) else 16
     if problem.traits.swap_only and not gemm.swap:
         return "the weights are decoded in registers, on the rows' side"
     if (gemm.block_n if gemm.swap else block_m) < least:
@@ -105,6 +115,9 @@ def _tiles_why_not(problem: Problem, gemm: GemmConfig, block_m: int, device: Dev
         return f"{held:.0f} accumulators a thread"
     if held < 2:
         return "more threads than work"
+    unpacked = model.unpacked(problem, gemm, device)
+    if gemm.num_warps < 4 and unpacked > MOST_UNPACKED:
+        return f"{unpacked:.0f} registers of unpacked weights a thread"
     shared = model.shared_bytes(problem, gemm, block_m, device)
     if shared > device.shared_bytes:
         return f"{shared:.0f} bytes of shared memory, {device.shared_bytes} are there"
@@ -115,7 +128,7 @@ def gemms(problem: Problem, part: str, block_m: int, device: Device) -> Iterator
     """Every legal configuration of one GEMM; block_m = 1 is the tiny path."""
     tiny, traits = block_m == 1, problem.traits
     if tiny:
-        for block_n, block_k, warps, stage in product(TINY_BLOCK_N, TINY_BLOCK_K, TINY_WARPS, (1, 3)):
+        for block_n, block_k, warps, stage in product(TINY_BLOCK_N[part], TINY_BLOCK_K, TINY_WARPS, (1, 3)):
             one = GemmConfig(block_n, block_k, warps, stage, False, False)
             if gemm_why_not(problem, part, one, block_m, device) is None:
                 yield one
@@ -126,7 +139,7 @@ def gemms(problem: Problem, part: str, block_m: int, device: Device) -> Iterator
         if block_k * traits.token_bytes < 128 and block_k < problem.matrix(part)[1] and not traits.block_ks:
             continue  # legal, but half a line of shared memory a row: never the best
         switches = ((True, 1, False), (True, 8, False), (False, 1, False), (False, 8, False), (False, 8, True))
-        for warps, stage, tma in product(WARPS, stages, (False, True)):
+        for warps, stage, tma in product(_warps(problem), stages, (False, True)):
             for split, (swap, group, persistent) in product(SPLIT_K[part], switches):
                 one = GemmConfig(block_n, block_k, warps, stage, swap, tma, group, persistent, split)
                 if gemm_why_not(problem, part, one, block_m, device) is None:
@@ -148,6 +161,19 @@ def _blocks(problem: Problem, tokens: int, call_tokens: int) -> list[int]:
     return tiny + kept
 
 
+@lru_cache(maxsize=2048)
+def _timed(
+    problem: Problem, part: str, block_m: int, tokens: int, device: Device
+) -> tuple[tuple[float, GemmConfig], ...]:
+    """Legal configurations of one GEMM with the model's seconds, the fastest first."""
+    timed = [
+        (model.gemm_seconds(problem, part, gemm, block_m, tokens, device), i, gemm)
+        for i, gemm in enumerate(_legal(problem, part, block_m, device))
+        if gemm.split_k == 1 or _scarce(problem, part, gemm, block_m, tokens, device)
+    ]
+    return tuple((seconds, gemm) for seconds, _, gemm in sorted(timed))
+
+
 @lru_cache(maxsize=512)
 def _ranked(
     problem: Problem, tokens: int, call_tokens: int, device: Device, keep: int
@@ -157,17 +183,42 @@ def _ranked(
     for block_m in _blocks(problem, tokens, call_tokens):
         path = "tiny" if block_m == 1 else "tiles"
         extra = model.overhead_seconds(problem, path, tokens, device)
-        best = []
-        for part in ("up", "down"):
-            timed = [
-                (model.gemm_seconds(problem, part, gemm, block_m, tokens, device), i, gemm)
-                for i, gemm in enumerate(_legal(problem, part, block_m, device))
-                if gemm.split_k == 1 or _scarce(problem, part, gemm, block_m, tokens, device)
-            ]
-            best.append(sorted(timed)[:keep])
+        best = (_timed(problem, part, block_m, tokens, device)[:keep] for part in ("up", "down"))
         for up, down in product(*best):
-            found.append((up[0] + down[0] + extra, LayerConfig(path, block_m, up[2], down[2])))
+            found.append((up[0] + down[0] + extra, LayerConfig(path, block_m, up[1], down[1])))
     return tuple(sorted(found, key=lambda pair: pair[0]))
+
+
+def blocks(problem: Problem, tokens: int, device: Device, call_tokens: int | None = None) -> list[tuple[float, int]]:
+    """(estimated seconds, block_m) of the best layer with each block_m worth a look; 1 is the tiny path."""
+    tokens, found = max(tokens, 1), dict[int, float]()
+    for seconds, config in _ranked(problem, tokens, max(tokens, call_tokens or 0), device, 8):
+        found.setdefault(config.block_m, seconds)
+    return sorted((seconds, block_m) for block_m, seconds in found.items())
+
+
+def gemm_candidates(
+    problem: Problem, part: str, block_m: int, tokens: int, device: Device, limit: int
+) -> list[GemmConfig]:
+    """At most `limit` legal configurations of one GEMM, the model's favourite first, then good and different ones.
+
+    Of packed weights, both tensor-core instructions are among them where the device has two.
+    """
+    remaining, chosen = list(_timed(problem, part, block_m, max(tokens, 1), device)), list[GemmConfig]()
+    both = problem.traits.swap_only and device.wide and block_m > 1
+    while remaining and len(chosen) < limit:
+        pool = list(range(len(remaining)))
+        if both and chosen:
+            wanted = [i for i in pool if remaining[i][1].num_warps < 4] if len(chosen) % 2 else []
+            pool = wanted or pool
+        least = min(pool, key=lambda i: (remaining[i][0] * 1.03 ** sum(_like(remaining[i][1], c) for c in chosen), i))
+        chosen.append(remaining.pop(least)[1])
+    return chosen
+
+
+def _like(one: GemmConfig, other: GemmConfig) -> int:
+    shape = (one.block_n, one.block_k, one.swap) == (other.block_n, other.block_k, other.swap)
+    return shape + (shape and one.num_warps == other.num_warps) + (shape and one.tma == other.tma)
 
 
 def _scarce(problem: Problem, part: str, gemm: GemmConfig, block_m: int, tokens: int, device: Device) -> bool:

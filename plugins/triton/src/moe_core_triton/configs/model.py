@@ -46,6 +46,10 @@ class Constants:
     vector: float = 2.2e11
     #: Vector operations a product of a level-two accumulator and step.
     promote: float = 2.5
+    #: Unpacking weights for the instruction of four warps over that for the one of a single warp.
+    unpack: float = 1.6
+    #: Rate of the instruction of a single warp over that of four warps, where a device has both.
+    single: float = 0.55
     #: Vector operations a multiply-add of the tiny path.
     tiny: float = 2.0
     #: Sorting by expert (one kernel), and what every further 1000 positions cost.
@@ -58,12 +62,29 @@ CONSTANTS: Final = Constants()
 REGISTERS, THREADS, PROGRAMS = 65536, 2048, 16
 
 
-def accumulators(problem: Problem, gemm: GemmConfig, block_m: int, device: Device) -> float:
+def warp_groups(gemm: GemmConfig, device: Device) -> bool:
+    """Whether the tensor-core instruction is the one of four warps (wgmma, tcgen05), with 64 rows or more."""
+    return device.wide and gemm.num_warps >= 4
+
+
+def lanes(problem: Problem, part: str) -> int:
+    """Matrices that one program of the tiny path multiplies: GEMM2 takes all slots of a token at once."""
+    return 1 << (problem.top_k - 1).bit_length() if part == "down" else 1
+
+
+def accumulators(problem: Problem, part: str, gemm: GemmConfig, block_m: int, device: Device) -> float:
     """Accumulator registers of a thread."""
     threads = gemm.num_warps * (64 if device.amd else 32)
-    if block_m == 1:  # the tiny path multiplies whole tiles of weights elementwise
-        return gemm.block_n * gemm.block_k / threads
+    if block_m == 1:  # the tiny path multiplies whole tiles of stored weights elementwise
+        items = gemm.block_k / (2 if problem.traits.swap_only else 1)
+        return gemm.block_n * lanes(problem, part) * items / threads
     return block_m * gemm.block_n / threads * (2 if problem.traits.two_level else 1)
+
+
+def unpacked(problem: Problem, gemm: GemmConfig, device: Device) -> float:
+    """Registers of a thread for half a step of packed weights as numbers of two bytes: one operand."""
+    threads = gemm.num_warps * (64 if device.amd else 32)
+    return gemm.block_n * gemm.block_k / 4 / threads if problem.traits.swap_only else 0.0
 
 
 def shared_bytes(problem: Problem, gemm: GemmConfig, block_m: int, device: Device) -> float:
@@ -75,19 +96,23 @@ def shared_bytes(problem: Problem, gemm: GemmConfig, block_m: int, device: Devic
     return stages * gemm.block_k * (block_m * traits.token_bytes + gemm.block_n * traits.weight_bytes)
 
 
-def programs(problem: Problem, gemm: GemmConfig, block_m: int, device: Device) -> int:
+def programs(problem: Problem, part: str, gemm: GemmConfig, block_m: int, device: Device) -> int:
     """How many programs fit on a processor at once, by shared memory, registers and threads."""
     threads = gemm.num_warps * (64 if device.amd else 32)
-    registers = min(255.0, accumulators(problem, gemm, block_m, device) * 1.1 + 48)
+    registers = min(255.0, accumulators(problem, part, gemm, block_m, device) * 1.1 + 48)
+    if block_m > 1 and not warp_groups(gemm, device):
+        registers = min(255.0, registers + unpacked(problem, gemm, device))
     total = REGISTERS * (2 if device.amd else 1)
     needed = shared_bytes(problem, gemm, block_m, device) + 1024
     fit = min((device.shared_bytes + 1024) // needed, total // (threads * registers), THREADS // threads, PROGRAMS)
     return max(1, int(fit))
 
 
-def _tensor_share(gemm: GemmConfig, block_m: int, device: Device) -> float:
+def _tensor_share(gemm: GemmConfig, block_m: int, device: Device, single: float) -> float:
     """Rate of the tensor cores with this tile over their own: short sides leave them waiting for operands."""
     rows, columns = (gemm.block_n, block_m) if gemm.swap else (block_m, gemm.block_n)
+    if device.wide and not warp_groups(gemm, device):
+        return single * min(1.0, (rows * columns / 64**2) ** 0.25)
     least = 64 if device.wide else 16
     # wgmma reads 64 rows and all columns from shared memory in each instruction, at 128 bytes a clock.
     share = min(1.0, 2 * columns / (64 + columns)) * min(1.0, rows / least)
@@ -117,9 +142,10 @@ def gemm_seconds(
     columns = math.ceil(n / gemm.block_n)
     tiles = tiles_m * columns * gemm.split_k
     steps = math.ceil(k / gemm.split_k / gemm.block_k)
-    if tiny and part == "down":  # a program runs over all slots of a token
-        tiles, steps = tokens * columns, steps * problem.top_k
-    resident = 1 if gemm.persistent else programs(problem, gemm, block_m, device)
+    together = lanes(problem, part) if tiny else 1
+    if tiny and part == "down":  # a program has all slots of a token
+        tiles = tokens * columns
+    resident = 1 if gemm.persistent else programs(problem, part, gemm, block_m, device)
     slots = device.processors * resident
 
     # Bytes from memory: weights again for tiles that do not find them in the L2 cache, tokens, results.
@@ -128,8 +154,8 @@ def gemm_seconds(
     if tiny:
         again = per_expert if active * weights > device.l2_bytes / 2 else 1.0
     else:
-        together = max(gemm.group_m, slots / columns)
-        again = 1.0 if weights <= device.l2_bytes / 2 else max(1.0, per_expert / together)
+        abreast = max(gemm.group_m, slots / columns)
+        again = 1.0 if weights <= device.l2_bytes / 2 else max(1.0, per_expert / abreast)
         if gemm.group_m > 1 and per_expert < gemm.group_m:
             shared = 1.0 + 0.01 * math.log2(gemm.group_m)  # groups that are never full cost a little balance
     rows = positions if part == "down" else min(positions, tokens if tokens * k * 2 < device.l2_bytes else positions)
@@ -139,17 +165,18 @@ def gemm_seconds(
     memory = active * weights * again / rate + (rows * k * traits.token_bytes + results + partial) / device.bandwidth
 
     # Bytes from the L2 cache to the processors.
-    per_step = gemm.block_k * (block_m * traits.token_bytes + gemm.block_n * traits.weight_bytes)
+    per_step = together * gemm.block_k * (block_m * traits.token_bytes + gemm.block_n * traits.weight_bytes)
     cache = tiles * steps * per_step / (device.bandwidth * c.cache)
 
     # Instructions. Programs on one processor share it; one alone waits for its own loads.
-    work = block_m * gemm.block_n * gemm.block_k
+    work = block_m * gemm.block_n * gemm.block_k * together
     if tiny:
         instructions, vector = 0.0, work * (c.tiny + traits.dequant) / c.vector
     else:
-        speed = device.rate(traits.math) / device.processors * c.tensor * _tensor_share(gemm, block_m, device)
+        speed = device.rate(traits.math) / device.processors * c.tensor * _tensor_share(gemm, block_m, device, c.single)
         instructions = 2 * work / speed
-        vector = gemm.block_n * gemm.block_k * traits.dequant / c.vector
+        unpacking = traits.dequant * (c.unpack if traits.swap_only and warp_groups(gemm, device) else 1.0)
+        vector = gemm.block_n * gemm.block_k * unpacking / c.vector
         if traits.two_level:
             vector += block_m * gemm.block_n * c.promote / c.vector
     step = c.step * (0.8 if gemm.tma else 1.0) * (gemm.num_warps / 4) ** 0.5
@@ -157,7 +184,7 @@ def gemm_seconds(
     wait = c.latency * (1.0 if gemm.tma else c.pointers)
     issue = step + instructions + vector
     # wgmma is asynchronous: with two stages the next load has to wait until it has read its operands.
-    pace = issue + wait if device.wide and not tiny and gemm.num_stages == 2 else max(issue, wait / ahead)
+    pace = issue + wait if warp_groups(gemm, device) and not tiny and gemm.num_stages == 2 else max(issue, wait / ahead)
     alone = wait + steps * pace + c.tile * (0.6 if gemm.persistent else 1.0)
     mixed = max(instructions, vector) + 0.35 * min(instructions, vector)
     busy = steps * (mixed * (1 + 0.05 / ahead) + step / (1 + resident)) + c.tile / 2

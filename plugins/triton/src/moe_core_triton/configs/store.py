@@ -270,9 +270,10 @@ def bound(binding: Any) -> Configs:
     return found
 
 
-def of(binding: Any, shipped: Path | None = SHIPPED) -> Configs:
-    """The `Configs` of someone who never tuned."""
-    return Configs(Problem.of(binding), this_device(binding.device), shipped=shipped, all_experts=_all_experts(binding))
+def of(binding: Any, shipped: Path | None = SHIPPED, user: Path | None = None) -> Configs:
+    """The `Configs` of someone who never tuned, or only in that file."""
+    problem, device = Problem.of(binding), this_device(binding.device)
+    return Configs(problem, device, user=user, shipped=shipped, all_experts=_all_experts(binding))
 
 
 def _all_experts(binding: Any) -> int | None:

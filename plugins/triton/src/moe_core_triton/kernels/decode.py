@@ -15,6 +15,7 @@ import triton.language as tl
 
 from moe_core_triton.kernels.activation import activate, activate_plain
 from moe_core_triton.kernels.launching import wait_for_inputs
+from moe_core_triton.kernels.quantize import encode, magnitude_bits, scale_of
 from moe_core_triton.kernels.unpack import e2m1, e8m0
 
 
@@ -29,34 +30,37 @@ def local_expert(ids, index, expert_map, num_experts, num_mapped):
 
 
 @triton.jit
-def quantized(v, QUANT: tl.constexpr, scale, LANES: tl.constexpr, WIDTH: tl.constexpr):
+def _there_and_back(v, scale, INT8: tl.constexpr, NATIVE: tl.constexpr):
+    """v as its codes under `scale` (of the same shape) give it back."""
+    code = encode(v, scale, INT8, NATIVE)
+    if not INT8:
+        code = code.to(tl.float8e4nv, bitcast=True)
+    return code.to(tl.float32) * scale
+
+
+@triton.jit
+def quantized(v, QUANT: tl.constexpr, NATIVE: tl.constexpr, scale, LANES: tl.constexpr, WIDTH: tl.constexpr):
     """v: float32 [LANES, WIDTH], as the scheme's activation payload would give it back. scale: [LANES], where it has one."""
     if QUANT == "":
         return v
     elif QUANT == "group":
         grouped = tl.reshape(v, (LANES, WIDTH // 128, 128))
-        amax = tl.max(tl.abs(grouped), axis=2)
-        s = tl.where(amax > 0, tl.maximum(amax / 448.0, 7.888609052210118e-31), 1.0)[:, :, None]
-        q = tl.clamp(grouped / s, -448.0, 448.0).to(tl.float8e4nv).to(tl.float32) * s
-        return tl.reshape(q, (LANES, WIDTH))
-    elif QUANT == "fp8":
-        return tl.clamp(v / scale[:, None], -448.0, 448.0).to(tl.float8e4nv).to(tl.float32) * scale[:, None]
+        s = scale_of(tl.max(magnitude_bits(grouped), axis=2), 448.0)
+        back = _there_and_back(grouped, tl.broadcast_to(s[:, :, None], grouped.shape), False, NATIVE)
+        return tl.reshape(back, (LANES, WIDTH))
     else:
-        # Round half to even: adding and taking away 1.5 * 2**23 leaves the nearest integer.
-        q = (v / scale[:, None] + 12582912.0) - 12582912.0
-        return tl.clamp(q, -127.0, 127.0) * scale[:, None]
+        return _there_and_back(v, tl.broadcast_to(scale[:, None], v.shape), QUANT == "int8", NATIVE)
 
 
 @triton.jit
 def row_scales(x_rows, live, k, QUANT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
     """The scales of whole rows, float32 [LANES], for payloads that have one a row."""
-    amax = tl.zeros((LANES, WIDTH), tl.float32)
+    amax = tl.zeros((LANES, WIDTH), tl.int32)
     for k0 in range(0, k, WIDTH):
         c = k0 + tl.arange(0, WIDTH)[None, :]
-        amax = tl.maximum(amax, tl.abs(tl.load(x_rows[:, None] + c, mask=live[:, None] & (c < k), other=0.0).to(tl.float32)))
-    largest = tl.max(amax, axis=1)
-    LIMIT: tl.constexpr = 448.0 if QUANT == "fp8" else 127.0
-    return tl.where(largest > 0, tl.maximum(largest / LIMIT, 7.888609052210118e-31), 1.0)
+        v = tl.load(x_rows[:, None] + c, mask=live[:, None] & (c < k), other=0.0).to(tl.float32)
+        amax = tl.maximum(amax, magnitude_bits(v))
+    return scale_of(tl.max(amax, axis=1), 448.0 if QUANT == "fp8" else 127.0)
 
 
 @triton.jit
@@ -73,6 +77,7 @@ def lane_products(
     k_stored,
     scales_a_row,
     QUANT: tl.constexpr,
+    NATIVE: tl.constexpr,
     W_SCALE: tl.constexpr,
     W_GROUP: tl.constexpr,
     PACK: tl.constexpr,
@@ -96,7 +101,7 @@ def lane_products(
             mask = live[:, None] & (c < k)[None, :]
             weights = tl.load(w + row_items[:, :, None] + c[None, None, :], mask=mask[None, :, :], other=0.0)
             v = tl.load(x_rows[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
-            v = quantized(v, QUANT, x_scale, LANES, WIDTH)
+            v = quantized(v, QUANT, NATIVE, x_scale, LANES, WIDTH)
             if W_SCALE == "block":
                 BLOCKS: tl.constexpr = WIDTH // 128
                 block = tl.minimum(k0 // 128 + tl.arange(0, BLOCKS), scales_a_row - 1)
@@ -165,6 +170,7 @@ def decode_up(
     HAS_BIAS: tl.constexpr,
     WEIGH_IN: tl.constexpr,
     QUANT: tl.constexpr,
+    NATIVE: tl.constexpr,
     W_SCALE: tl.constexpr,
     W_GROUP: tl.constexpr,
     PACK: tl.constexpr,
@@ -198,7 +204,7 @@ def decode_up(
             scale_items = (matrix + rows) * stride_ws
         sums = lane_products(
             w, w_scale, w_zero, (matrix + rows) * k_stored, scale_items, x_rows, scale, live, k, k_stored, stride_ws,
-            QUANT, W_SCALE, W_GROUP, PACK, PACK_HALF, HAS_ZERO, ROWS, PARTS, WIDTH, STAGES,
+            QUANT, NATIVE, W_SCALE, W_GROUP, PACK, PACK_HALF, HAS_ZERO, ROWS, PARTS, WIDTH, STAGES,
         )  # fmt: skip
         if WEIGH_IN:
             sums *= tl.load(row_weights + slot)
@@ -259,6 +265,7 @@ def decode_down(
     HAS_BIAS: tl.constexpr,
     WEIGH: tl.constexpr,
     QUANT: tl.constexpr,
+    NATIVE: tl.constexpr,
     W_SCALE: tl.constexpr,
     W_GROUP: tl.constexpr,
     PACK: tl.constexpr,
@@ -300,8 +307,8 @@ def decode_down(
     else:
         scale_items = (matrix[None, :] + rows[:, None]) * stride_ws
     sums = lane_products(
-        w, w_scale, w_zero, row_items, scale_items, x_rows, scale, live, k, k_stored, stride_ws, QUANT, W_SCALE,
-        W_GROUP, PACK, PACK_HALF, HAS_ZERO, ROWS, LANES, WIDTH, STAGES,
+        w, w_scale, w_zero, row_items, scale_items, x_rows, scale, live, k, k_stored, stride_ws, QUANT, NATIVE,
+        W_SCALE, W_GROUP, PACK, PACK_HALF, HAS_ZERO, ROWS, LANES, WIDTH, STAGES,
     )  # fmt: skip
     if W_SCALE == "row":
         sums *= tl.load(w_scale + matrix[None, :] + rows[:, None])

@@ -14,7 +14,7 @@ from moe_core_triton.kernels.activation import activate, activate_plain
 from moe_core_triton.kernels.gemm_tile import accumulate, along_rows, along_weights, order, weight_rows
 from moe_core_triton.kernels.launching import wait_for_inputs
 from moe_core_triton.kernels.quantize import encode_e4m3, magnitude_bits, scale_of
-from moe_core_triton.kernels.unpack import E2M1_PAIRS_FACTOR
+from moe_core_triton.kernels.unpack import E2M1_WORDS_FACTOR
 
 
 @triton.jit
@@ -76,7 +76,6 @@ def _tile(
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     UNIFORM: tl.constexpr,
-    FAST: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     PER_PART: tl.constexpr = BLOCK_N // PARTS
@@ -104,12 +103,12 @@ def _tile(
     INTEGER: tl.constexpr = x.dtype.element_ty == tl.int8
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.int32 if INTEGER else tl.float32)
     acc = accumulate(
-        x_rows, live if BLOCK_M <= 64 else None, xs_rows, w, ws, wz, acc, expert, n_block, rows, n_part, k, k_stored, stride_ws, X_SCALE == "group",
-        W_GROUP, PACK, HAS_ZERO, PARTS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, EVEN_K, UNIFORM, FAST,
+        x_rows, live if BLOCK_M <= 64 else None, xs_rows, w, ws, wz, acc, expert, n_block, rows, n_part, k, k_stored, stride_ws, X_SCALE,
+        W_GROUP, PACK, HAS_ZERO, PARTS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, EVEN_K, UNIFORM, NATIVE,
     )  # fmt: skip
     acc = acc.to(tl.float32)
-    if FAST:
-        acc *= E2M1_PAIRS_FACTOR
+    if PACK == "mxfp4_words":
+        acc *= E2M1_WORDS_FACTOR
     if W_SCALE == "row":
         acc *= along_weights(tl.load(w_scale + expert.to(tl.int64) * (PARTS * n_part) + rows), SWAP)
     elif W_SCALE == "part":
@@ -210,7 +209,6 @@ def grouped_gemm(
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     UNIFORM: tl.constexpr,
-    FAST: tl.constexpr,
     NATIVE: tl.constexpr,
     PERSISTENT: tl.constexpr,
     TILES_POW2: tl.constexpr,
@@ -242,7 +240,7 @@ def grouped_gemm(
                 x, x_scale, w, w_scale, w_zero, bias, out, out_scale, slots, row_weights, ends, expert,
                 tl.load(tile_start + tile), n_block, alpha, beta, limit, factor, n_part, k, k_stored, stride_x,
                 stride_xs, stride_out, stride_ws, TOP_K, SCATTER, PARTS, ACT, HAS_LIMIT, HAS_BIAS, WEIGH, X_SCALE,
-                W_SCALE, W_GROUP, PACK, HAS_ZERO, OUT_QUANT, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, EVEN_K, UNIFORM, FAST,
+                W_SCALE, W_GROUP, PACK, HAS_ZERO, OUT_QUANT, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, EVEN_K, UNIFORM,
                 NATIVE,
             )  # fmt: skip
     else:
@@ -253,6 +251,6 @@ def grouped_gemm(
                 x, x_scale, w, w_scale, w_zero, bias, out, out_scale, slots, row_weights, ends, expert,
                 tl.load(tile_start + tile), n_block, alpha, beta, limit, factor, n_part, k, k_stored, stride_x,
                 stride_xs, stride_out, stride_ws, TOP_K, SCATTER, PARTS, ACT, HAS_LIMIT, HAS_BIAS, WEIGH, X_SCALE,
-                W_SCALE, W_GROUP, PACK, HAS_ZERO, OUT_QUANT, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, EVEN_K, UNIFORM, FAST,
+                W_SCALE, W_GROUP, PACK, HAS_ZERO, OUT_QUANT, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, EVEN_K, UNIFORM,
                 NATIVE,
             )  # fmt: skip

@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_core_triton.kernels.unpack import e2m1, e2m1_pairs, e8m0, e8m0_for_pairs
+from moe_core_triton.kernels.quantize import encode, magnitude_bits, scale_of
+from moe_core_triton.kernels.unpack import e2m1, e2m1_words, e8m0, e8m0_for_words
 
 
 @triton.jit
@@ -60,7 +61,7 @@ def load_weights(
         if EVEN_K:
             return tl.load(pointers)
         else:
-            return tl.load(pointers, mask=columns[None, :] < k_stored, other=0)
+            return tl.load(pointers, mask=columns[None, :] < k_stored, other=0.0)
 
 
 @triton.jit
@@ -119,7 +120,7 @@ def accumulate(
     k,
     k_stored,
     stride_ws,
-    X_GROUPS: tl.constexpr,
+    X_SCALE: tl.constexpr,
     W_GROUP: tl.constexpr,
     PACK: tl.constexpr,
     HAS_ZERO: tl.constexpr,
@@ -131,14 +132,15 @@ def accumulate(
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     UNIFORM: tl.constexpr,
-    FAST: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     """The loop over K.
 
     x: pointers to the rows, live: which of them count. x_scale: pointers to their scales. w: descriptor or pointer. w_scale: pointer to the scales
-    of this expert. PACK: "" (a number an item), "int4" or "mxfp4". W_GROUP: K under one weight scale that has to be
-    applied inside the loop, else 0. X_GROUPS: the input has a scale every BLOCK_K. FAST: unpack with `e2m1_pairs`, which
-    leaves the result E2M1_PAIRS_FACTOR too small.
+    of this expert. PACK: "" (a number an item), "int4", "mxfp4", or
+    "mxfp4_words", whose result is E2M1_WORDS_FACTOR too small. W_GROUP: K under one weight scale that has to be
+    applied inside the loop, else 0. X_SCALE: "group" where the input has a scale every BLOCK_K, "inline" where it is to be
+    quantized so here, anything else for scales that can wait.
     """
     if PACK == "":
         for k0 in tl.range(0, k, BLOCK_K):
@@ -146,10 +148,17 @@ def accumulate(
                 w, expert, n_block, rows, k0, n_part, k_stored, BLOCK_N, BLOCK_K, PARTS, TMA, EVEN_K
             )
             a = load_rows(x, live, k0, k, BLOCK_K, EVEN_K)
-            if X_GROUPS:
+            if X_SCALE == "group" or X_SCALE == "inline":
                 # Two levels: the scales change every 128 of K, so each block is summed by itself first.
                 block = k0 // 128
-                xs = tl.load(x_scale + block)
+                if X_SCALE == "group":
+                    xs = tl.load(x_scale + block)
+                else:
+                    # The step is a group of 128, and a short tile's rows are quantized in the shadow of the weights.
+                    wide = a.to(tl.float32)
+                    xs = scale_of(tl.max(magnitude_bits(wide), 1), 448.0)
+                    a = encode(wide, tl.broadcast_to(xs[:, None], wide.shape), False, NATIVE)
+                    a = a.to(tile.dtype, bitcast=True)
                 if UNIFORM == 1:
                     ws = tl.load(w_scale + ((n_block * BLOCK_N) // 128) * stride_ws + block)
                     scale = along_rows(xs * ws, SWAP)
@@ -179,15 +188,15 @@ def accumulate(
             tile = load_weights(
                 w, expert, n_block, rows, k0 // 2, n_part, k_stored, BLOCK_N, HALF, PARTS, TMA, EVEN_K
             )
-            if FAST:
-                low_at = tl.minimum(k0 // W_GROUP + tl.arange(0, GROUPS), stride_ws - 1)
-                high_at = tl.minimum((k0 + HALF) // W_GROUP + tl.arange(0, GROUPS), stride_ws - 1)
-                low_power = e8m0_for_pairs(tl.load(w_scale + rows[:, None] * stride_ws + low_at[None, :]))
-                high_power = e8m0_for_pairs(tl.load(w_scale + rows[:, None] * stride_ws + high_at[None, :]))
-                low, high = e2m1_pairs(
-                    tile,
-                    tl.broadcast_to(low_power[:, :, None], (BLOCK_N, GROUPS, SPAN)).reshape(BLOCK_N, HALF),
-                    tl.broadcast_to(high_power[:, :, None], (BLOCK_N, GROUPS, SPAN)).reshape(BLOCK_N, HALF),
+            if PACK == "mxfp4_words":
+                low_at = k0 // W_GROUP + tl.arange(0, GROUPS)
+                powers = w_scale + rows[:, None] * stride_ws + low_at[None, :]
+                low_power = tl.broadcast_to(e8m0_for_words(tl.load(powers))[:, :, None], (BLOCK_N, GROUPS, SPAN))
+                high_power = tl.broadcast_to(
+                    e8m0_for_words(tl.load(powers + GROUPS))[:, :, None], (BLOCK_N, GROUPS, SPAN)
+                )
+                low, high = e2m1_words(
+                    tile, low_power.reshape(BLOCK_N, HALF), high_power.reshape(BLOCK_N, HALF)
                 )
                 acc = product(load_rows(x, live, k0, k, HALF, EVEN_K), low, acc, SWAP)
                 acc = product(load_rows(x, live, k0 + HALF, k, HALF, EVEN_K), high, acc, SWAP)
@@ -197,14 +206,14 @@ def accumulate(
                     code = (tile & 15) if half == 0 else (tile >> 4)
                     group = (k0 + half * HALF) // W_GROUP
                     if PACK == "mxfp4" and SPAN < HALF:
-                        at = tl.minimum(group + tl.arange(0, GROUPS), stride_ws - 1)
+                        at = group + tl.arange(0, GROUPS)
                         power = e8m0(tl.load(w_scale + rows[:, None] * stride_ws + at[None, :]), a.dtype)
                         power = tl.broadcast_to(power[:, :, None], (BLOCK_N, GROUPS, SPAN))
                         value = e2m1(code, a.dtype) * power.reshape(BLOCK_N, HALF)
                         acc = product(a, value, acc, SWAP)
                     else:
                         # One scale a row and half: it multiplies the half's product, and the numbers stay exact.
-                        at = tl.minimum(group, stride_ws - 1)
+                        at = group
                         scale = tl.load(w_scale + rows * stride_ws + at)
                         if PACK == "mxfp4":
                             scale = e8m0(scale, tl.float32)

@@ -42,50 +42,46 @@ def e8m0(byte, DTYPE: tl.constexpr):
     return bits.to(tl.float32, bitcast=True).to(DTYPE)
 
 
-#: `e2m1_pairs` leaves its results this factor too small: the bits' 2**-126 and the scale's bias make 2**64 together.
-E2M1_PAIRS_FACTOR: tl.constexpr = tl.constexpr(1.8446744073709552e19)
+#: `e2m1_words` leaves its results this factor too small: the bits' 2**-126 and the scale's bias make 2**64 together.
+E2M1_WORDS_FACTOR: tl.constexpr = tl.constexpr(1.8446744073709552e19)
 
 
 @triton.jit
-def e8m0_for_pairs(byte):
-    """Scale bytes -> bfloat16 powers of two, as `e2m1_pairs` wants them. Scales over 2**65 saturate; 255 is NaN."""
+def e8m0_for_words(byte):
+    """Scale bytes -> bfloat16 powers of two, as `e2m1_words` wants them. Scales over 2**65 saturate; 255 is NaN."""
     exponent = tl.minimum(byte.to(tl.int16) + 62, 254)
     bits = tl.where(byte == 255, 0x7FC0, exponent << 7)
     return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
-def e2m1_pairs(tile, low_scale, high_scale):
-    """uint8 tile and bfloat16 scales of the same shape -> (low, high) bfloat16 tiles, over E2M1_PAIRS_FACTOR.
+def e2m1_words(tile, low_scale, high_scale):
+    """uint8 tile and bfloat16 scales of the same shape -> (low, high) bfloat16 tiles, over E2M1_WORDS_FACTOR.
 
-    NVIDIA only. Two integer operations and half a multiplication an element, four bytes at a time: bytes are spread over
-    16-bit lanes, sign and magnitude masked into place, and one bfloat16x2 multiplication scales two of them.
+    NVIDIA only, and only where a thread holds four neighboring bytes: they are a word of `packing.words`, whose bits lie
+    so that a shift and a mask bring two numbers at once to where sign, exponent and mantissa are in a bfloat16x2. 1.4
+    integer operations and half a multiplication an element; spreading nibbles over 16-bit lanes would take 2.
     """
     return tl.inline_asm_elementwise(
         """
         {
-        .reg .b32 a, b, t, u, v, w, x;
-        prmt.b32 a, $4, 0, 0x1404;
-        prmt.b32 b, $4, 0, 0x3424;
-        shr.u32 t, a, 2;
-        and.b32 t, t, 0x01C001C0;
-        shl.b32 u, a, 4;
-        lop3.b32 t, u, 0x80008000, t, 0xEA;
-        shr.u32 u, b, 2;
-        and.b32 u, u, 0x01C001C0;
-        shl.b32 v, b, 4;
-        lop3.b32 u, v, 0x80008000, u, 0xEA;
-        shr.u32 v, a, 6;
-        and.b32 v, v, 0x01C001C0;
-        lop3.b32 v, a, 0x80008000, v, 0xEA;
-        shr.u32 w, b, 6;
-        and.b32 w, w, 0x01C001C0;
-        lop3.b32 w, b, 0x80008000, w, 0xEA;
-        mov.b32 x, 0x80008000;
-        fma.rn.bf16x2 $0, t, $5, x;
-        fma.rn.bf16x2 $1, u, $6, x;
-        fma.rn.bf16x2 $2, v, $7, x;
-        fma.rn.bf16x2 $3, w, $8, x;
+        .reg .b32 a, b, c, d, t, z;
+        and.b32 a, $4, 0x81C081C0;
+        shl.b32 b, $4, 3;
+        and.b32 b, b, 0x81C081C0;
+        shl.b32 c, $4, 6;
+        and.b32 c, c, 0x01C001C0;
+        shl.b32 t, $4, 1;
+        lop3.b32 c, t, 0x80008000, c, 0xEA;
+        shr.u32 d, $4, 3;
+        and.b32 d, d, 0x01C001C0;
+        shl.b32 t, $4, 2;
+        lop3.b32 d, t, 0x80008000, d, 0xEA;
+        mov.b32 z, 0x80008000;
+        fma.rn.bf16x2 $0, a, $5, z;
+        fma.rn.bf16x2 $1, b, $6, z;
+        fma.rn.bf16x2 $2, c, $7, z;
+        fma.rn.bf16x2 $3, d, $8, z;
         }
         """,
         "=&r,=&r,=&r,=&r,r,r,r,r,r",
