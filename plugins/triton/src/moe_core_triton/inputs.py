@@ -15,16 +15,6 @@ from moe_core_triton.weights import Projection
 KINDS = {"fp8_group128": "group", "fp8_token": "row", "int8_token": "row", "fp8_tensor": "expert"}
 
 
-#: Tiles up to this height have their rows quantized inside the product: a launch less, and the loop waits for weights
-#: anyway. In taller tiles every block of weight rows would quantize the same rows again.
-INLINE_ROWS = 32
-
-
-def quantizes_inline(payload: str | None, block_m: int) -> bool:
-    """Whether GEMMs of this tile height quantize their input themselves."""
-    return payload == "fp8_group128" and block_m <= INLINE_ROWS
-
-
 def input_rows(
     rows: ExpertRows, table: RowTable, w: Projection, payload: str | None, top_k: int, *, weigh: bool
 ) -> tuple[Rows, bool]:
@@ -39,8 +29,6 @@ def input_rows(
         return Rows(rows.data, divisor), False
     if rows.scale is not None:
         return Rows(rows.data, divisor, rows.scale, KINDS[payload]), False
-    if quantizes_inline(payload, table.block_m):
-        return Rows(rows.data, divisor, kind="inline"), False
     if payload != "fp8_tensor":
         data, scale = quantize_rows(rows.data, payload)
         return Rows(data, divisor, scale, KINDS[payload]), False

@@ -19,8 +19,7 @@ from moe_core_triton.weights import Projection
 @dataclass(frozen=True, slots=True)
 class Rows:
     """What is multiplied. data: [rows, K]. kind: "" (as it is), "row" (scale [rows, 1]), "group" ([rows, K / 128]),
-    "inline" (no scale yet: the product quantizes groups of 128 itself) or "expert" (one scale an expert, or one in all:
-    then its stride is 0). divisor: row of a slot is slot // divisor; 0
+    or "expert" (one scale an expert, or one in all: then its stride is 0). divisor: row of a slot is slot // divisor; 0
     where a position is its own row."""
 
     data: Tensor

@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_core_triton.calls import Call, ExpertRows
 from moe_core_triton.decoding import decode_layer, decodes
 from moe_core_triton.hooking import call_hook
-from moe_core_triton.inputs import KINDS, input_rows, live_positions, position_experts, quantizes_inline
+from moe_core_triton.inputs import KINDS, input_rows, live_positions, position_experts
 from moe_core_triton.kernels.activation import apply_activation
 from moe_core_triton.kernels.align import align, cover
 from moe_core_triton.kernels.combine import combine, weigh
@@ -114,8 +114,7 @@ class LayerSequence:
             apply_activation(gate_up, hidden, self.config.activation)
             return self._quantized(hidden, call, weights.down)
         activation = self.config.activation
-        inline = quantizes_inline(self.payload, table.block_m)
-        if self.payload == "fp8_group128" and not inline and config.block_n // w.parts == 128:
+        if self.payload == "fp8_group128" and config.block_n // w.parts == 128:
             hidden = self._rows(table.positions, w.n, call, torch.float8_e4m3fn)
             scale = self._rows(table.positions, -(-w.n // 128), call, torch.float32)
             given = Epilogue(activation, **epilogue, quant="group", scale=scale)
@@ -133,8 +132,6 @@ class LayerSequence:
     def _quantized(self, hidden: Tensor, call: Call, w: Projection) -> Rows:
         if self.payload is None:
             return Rows(hidden)
-        if quantizes_inline(self.payload, call.table.block_m):
-            return Rows(hidden, kind="inline")
         if self.payload != "fp8_tensor":
             data, scale = quantize_rows(hidden, self.payload)
             return Rows(data, 0, scale, KINDS[self.payload])

@@ -8,16 +8,17 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import Tensor
+
 from moe_core.errors import MoeCoreError
 from moe_core.protocols import RunnerHooks, RunningState, TuningJob, TuningRow
 from moe_core.testing.tolerances import tolerance
 from moe_core.vocabulary import STANDARD
-from torch import Tensor
-
 from moe_core_triton.adapters import standard_reader
 from moe_core_triton.calls import Call, ExpertRows
 from moe_core_triton.configs.candidates import candidates
@@ -44,7 +45,7 @@ SPIN: Final = 150_000
 COMPARED: Final = 4096
 
 
-def tune(job: TuningJob, *, shipped: Path | None | str = "auto", compilers: Compilers | None = None) -> list[TuningRow]:
+def tune(job: TuningJob, *, shipped: Path | str | None = "auto", compilers: Compilers | None = None) -> list[TuningRow]:
     """Find and store the best configurations of a layer.
 
     shipped: the folder whose files the default comes from (None: the model's); "auto": this package's own, unless they
@@ -175,7 +176,7 @@ class LayerBench:
 
     def _layer_calls(self, variant: Variant) -> list[Callable[[], Tensor]]:
         sets = self._inputs(self._tokens)
-        return [lambda rows=rows, state=state: self._run(rows, state, variant.config) for rows, state in sets]
+        return [partial(self._run, rows, state, variant.config) for rows, state in sets]
 
     def _prepared(self, block_m: int) -> list[Call]:
         """Calls of all input sets in tiles of that height, ready for GEMM1."""
@@ -192,7 +193,7 @@ class LayerBench:
         states = [state for _, state in self._inputs(self._tokens)]
         calls = [replace(call, config=variant.config) for call in self._prepared(block_m)]
         if variant.part == "up":
-            return [lambda call=call: layer._up(call, weights, hooks) for call in calls]
+            return [partial(layer._up, call, weights, hooks) for call in calls]
         if block_m not in self._hidden:
             pairs = zip(self._plain, calls, strict=True)
             self._hidden[block_m] = [layer._quantized(plain, call, weights.down) for plain, call in pairs]
@@ -202,7 +203,7 @@ class LayerBench:
             return call.result  # type: ignore[return-value]
 
         given = zip(calls, self._hidden[block_m], states, strict=True)
-        return [lambda one=one: down(*one) for one in given]
+        return [partial(down, *one) for one in given]
 
     def _need_base(self) -> None:
         """Results of both GEMMs by a configuration whose layer is right, to compare others with, and GEMM2's input."""
@@ -230,9 +231,9 @@ class LayerBench:
                 self._layer._down(done, made, self._weights.down, RunnerHooks(), state)
                 self._parts["down"] = self._compared(call, "down", done.result)
 
-    def _compared(self, call: Call, part: str, rows: Tensor) -> Tensor:
+    def _compared(self, call: Call, part: str, rows: Any) -> Tensor:
         """float32: some of a result's rows that count."""
-        table = call.table
+        table: Any = call.table
         live = live_positions(call.rows, table) > 0 if part == "up" else table.local_ids.reshape(-1) >= 0
         step = max(1, table.positions // COMPARED)
         return rows.view(table.positions, -1)[::step][live[::step]].float()

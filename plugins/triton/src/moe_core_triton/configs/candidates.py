@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from typing import Final
@@ -214,6 +215,24 @@ def gemm_candidates(
         least = min(pool, key=lambda i: (remaining[i][0] * 1.03 ** sum(_like(remaining[i][1], c) for c in chosen), i))
         chosen.append(remaining.pop(least)[1])
     return chosen
+
+
+def gemm_moves(gemm: GemmConfig) -> Iterator[GemmConfig]:
+    """Configurations that differ in one thing, legal or not: a size doubled or halved, a switch turned."""
+    for name in ("block_n", "block_k", "num_warps", "split_k"):
+        for value in (getattr(gemm, name) // 2, getattr(gemm, name) * 2):
+            yield replace(gemm, **{name: value})
+    # The same bytes in flight, in other pieces; the same work of a thread.
+    yield replace(gemm, block_k=gemm.block_k // 2, num_stages=min(2 * gemm.num_stages, max(STAGES)))
+    yield replace(gemm, block_n=gemm.block_n * 2, num_warps=gemm.num_warps * 2)
+    yield replace(gemm, block_n=gemm.block_n // 2, num_warps=gemm.num_warps // 2)
+    for stages in (gemm.num_stages - 1, gemm.num_stages + 1):
+        yield replace(gemm, num_stages=stages)
+    for group in GROUP_M:
+        yield replace(gemm, group_m=group)
+    yield replace(gemm, tma=not gemm.tma)
+    yield replace(gemm, persistent=not gemm.persistent)
+    yield replace(gemm, swap=not gemm.swap, persistent=False, group_m=1)
 
 
 def _like(one: GemmConfig, other: GemmConfig) -> int:

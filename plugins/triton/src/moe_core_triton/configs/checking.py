@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
+import torch  # noqa: TID253 - imported when something is tuned
+from torch import Tensor  # noqa: TID253
+
 from moe_core.quant import QuantizedTensor, activation_payload, dequantize, roundtrip_activation
 from moe_core.runners.activation import apply_activation
-from torch import Tensor
-
 from moe_core_triton.calls import ExpertRows
 from moe_core_triton.sequence import LayerSequence
 from moe_core_triton.weights import Projection, TritonWeights
@@ -27,14 +27,30 @@ def dequantized(w: Projection, expert: int, binding: object) -> Tensor:
     data, rows = w.data[expert], w.parts * w.n
     if scheme.scale is None:
         return data.float()
+    shape = scheme.scale_shape(rows, w.k, group)
+    scale, zero = w.scale[expert], None if w.zero is None else w.zero[expert]  # type: ignore[index]
     if w.pack:
-        # Halves of a block to neighbors in a byte, as the core has them.
+        # Halves of a block to neighbors in a byte, as the core has them; no scales of the padding.
         blocks = data.view(rows, -1, w.pack_width // 2)
-        codes = torch.stack((blocks & 15, blocks >> 4), dim=2).view(rows, -1)[:, : w.k]
+        halves = _from_words(blocks) if w.pack.endswith("words") else (blocks & 15, blocks >> 4)
+        codes = torch.stack(halves, dim=2).view(rows, -1)[:, : w.k]
         data = codes[:, 0::2] | (codes[:, 1::2] << 4)
-    scale = w.scale[expert].reshape(scheme.scale_shape(rows, w.k, group))  # type: ignore[index]
-    zero = None if w.zero is None else w.zero[expert].view(scale.shape)
+        scale, zero = scale[..., : shape[-1]], None if zero is None else zero[..., : shape[-1]]
+    scale, zero = scale.reshape(shape), None if zero is None else zero.reshape(shape)
     return dequantize(QuantizedTensor(data, scale, zero), scheme, group_size=group).float()
+
+
+def _from_words(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """What `packing.halves(words=True)` wrote -> codes of the two halves, uint8."""
+    given = blocks.unflatten(-1, (-1, 4)).int()
+    halves = (torch.empty_like(given), torch.empty_like(given))
+    for odd in (0, 1):
+        lane = given[..., 2 * odd] | (given[..., 2 * odd + 1] << 8)
+        # Codes 0 to 3 of a lane: where their signs and magnitudes begin.
+        for code, (sign, size) in enumerate(((15, 6), (12, 3), (14, 0), (13, 9))):
+            halves[code // 2][..., odd + 2 * (code % 2)] = (lane >> sign & 1) << 3 | (lane >> size & 7)
+    low, high = (half.to(torch.uint8).flatten(-2) for half in halves)
+    return low, high
 
 
 def expected(layer: LayerSequence, binding: object, rows: ExpertRows, weights: TritonWeights, which: Tensor) -> Tensor:

@@ -18,12 +18,12 @@ from multiprocessing import get_context
 from types import TracebackType
 from typing import Any, Final, Self
 
-import torch
-from moe_core.protocols import Binding, RunnerHooks, RunningState
+import torch  # noqa: TID253 - imported when something is tuned
 
+from moe_core.protocols import Binding, RunnerHooks, RunningState
 from moe_core_triton.calls import Call, ExpertRows
 from moe_core_triton.configs.tuning import Variant
-from moe_core_triton.row_table import most_tiles
+from moe_core_triton.row_table import RowTable, most_tiles
 from moe_core_triton.sequence import LayerSequence
 from moe_core_triton.weights import Projection, TritonWeights
 
@@ -124,13 +124,14 @@ class Outlined:
         if variant.part == "layer":
             layer.finish(unused, state)
 
-    def _unused(self, call: Call, tokens: int, variant: Variant) -> Any:
+    def _unused(self, call: Call, tokens: int, variant: Variant) -> RowTable:
         """The table without a used tile. Persistent kernels are specialised for the number of tiles."""
-        config, tiles = variant.config, 1
+        config, tiles, table = variant.config, 1, call.table
+        assert table is not None  # noqa: S101
         if config.up.persistent or config.down.persistent:
             tiles = most_tiles(tokens * self.layer.top_k, self.layer.experts, config.block_m)
         none = torch.full((tiles,), -1, dtype=torch.int32, device=self.device)
-        return replace(call.table, tile_expert=none, tile_start=torch.zeros_like(none))
+        return replace(table, tile_expert=none, tile_start=torch.zeros_like(none))
 
 
 def small(tokens: int) -> int:

@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 from moe_core.protocols import TuningRow
 from moe_core_triton.configs import candidates as space
 from moe_core_triton.configs import model
-from moe_core_triton.configs.candidates import blocks, gemm_candidates, gemm_why_not, why_not
+from moe_core_triton.configs.candidates import blocks, gemm_candidates, gemm_moves, gemm_why_not, why_not
 from moe_core_triton.configs.config import GemmConfig, LayerConfig, Problem
 from moe_core_triton.configs.device import Device
 from moe_core_triton.configs.files import SHIPPED, Entry, Where, add, triton_version
@@ -48,7 +48,7 @@ PARTS: Final = ("up", "down")
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """Something to time: a "layer", or its "up" or "down" alone in tiles of config.block_m (the other one is ignored)."""
+    """Something to time: a "layer", or its "up" or "down" alone in tiles of config.block_m (the other is ignored)."""
 
     part: str
     config: LayerConfig
@@ -186,7 +186,7 @@ class Point:
             self._pivot = tiny
             for part in PARTS:
                 moved = self._promising(part, 1, getattr(tiny, part))
-                lists.append([Variant("layer", replace(tiny, **{part: v.gemm})) for v in moved])
+                lists.append([Variant("layer", _with(tiny, part, v.gemm)) for v in moved])
         lists += [[p._layers()[0]] for p in near if p._layers() and p._layers()[0].config.path == "tiny"]
         found = (v for v in _in_turn(lists) if v.part != "layer" or self.legal(v.config))
         return [v for v in dict.fromkeys(found) if v not in self.times]
@@ -236,27 +236,13 @@ class Point:
         return Outcome(self.call, best.config, self.us(best), self.default, known, len(self.times))
 
 
+def _with(config: LayerConfig, part: str, gemm: GemmConfig) -> LayerConfig:
+    return replace(config, up=gemm) if part == "up" else replace(config, down=gemm)
+
+
 def _in_turn(lists: Iterable[Iterable[Any]]) -> list[Any]:
     """The first of each, the second of each, ..."""
     return [one for one in chain.from_iterable(zip_longest(*lists)) if one is not None]
-
-
-def gemm_moves(gemm: GemmConfig) -> Iterator[GemmConfig]:
-    """Configurations that differ in one thing, legal or not: a size doubled or halved, a switch turned."""
-    for name in ("block_n", "block_k", "num_warps", "split_k"):
-        for value in (getattr(gemm, name) // 2, getattr(gemm, name) * 2):
-            yield replace(gemm, **{name: value})
-    # The same bytes in flight, in other pieces; the same work of a thread.
-    yield replace(gemm, block_k=gemm.block_k // 2, num_stages=min(2 * gemm.num_stages, max(space.STAGES)))
-    yield replace(gemm, block_n=gemm.block_n * 2, num_warps=gemm.num_warps * 2)
-    yield replace(gemm, block_n=gemm.block_n // 2, num_warps=gemm.num_warps // 2)
-    for stages in (gemm.num_stages - 1, gemm.num_stages + 1):
-        yield replace(gemm, num_stages=stages)
-    for group in space.GROUP_M:
-        yield replace(gemm, group_m=group)
-    yield replace(gemm, tma=not gemm.tma)
-    yield replace(gemm, persistent=not gemm.persistent)
-    yield replace(gemm, swap=not gemm.swap, persistent=False, group_m=1)
 
 
 def tune_all(

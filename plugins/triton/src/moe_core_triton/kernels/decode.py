@@ -135,7 +135,9 @@ def lane_products(
                     value = code.to(tl.float32) - 8.0
                     if HAS_ZERO:
                         z = tl.load(w_zero + at).to(tl.float32) - 8.0
-                        value -= tl.broadcast_to(z[:, :, :, None], (ROWS, LANES, SPANS, SPAN)).reshape(ROWS, LANES, ITEMS)
+                        value -= tl.broadcast_to(z[:, :, :, None], (ROWS, LANES, SPANS, SPAN)).reshape(
+                            ROWS, LANES, ITEMS
+                        )
                 s = tl.broadcast_to(s[:, :, :, None], (ROWS, LANES, SPANS, SPAN)).reshape(ROWS, LANES, ITEMS)
                 acc += value * s * v.to(tl.float32)[None, :, :]
     return tl.sum(acc, axis=2)

@@ -104,7 +104,7 @@ def _tile(
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.int32 if INTEGER else tl.float32)
     acc = accumulate(
         x_rows, live if BLOCK_M <= 64 else None, xs_rows, w, ws, wz, acc, expert, n_block, rows, n_part, k, k_stored, stride_ws, X_SCALE,
-        W_GROUP, PACK, HAS_ZERO, PARTS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, EVEN_K, UNIFORM, NATIVE,
+        W_GROUP, PACK, HAS_ZERO, PARTS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, EVEN_K, UNIFORM,
     )  # fmt: skip
     acc = acc.to(tl.float32)
     if PACK == "mxfp4_words":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_core_triton.kernels.quantize import encode, magnitude_bits, scale_of
 from moe_core_triton.kernels.unpack import e2m1, e2m1_words, e8m0, e8m0_for_words
 
 
@@ -105,6 +104,34 @@ def along_weights(v, SWAP: tl.constexpr):
 
 
 @triton.jit
+def block_scales(
+    x_scale,
+    w_scale,
+    rows,
+    n_block,
+    block,
+    n_part,
+    stride_ws,
+    PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UNIFORM: tl.constexpr,
+):
+    """The scales of step `block` of K: of the input's rows, and of one or two segments of weight rows (or of each row)."""
+    xs = tl.load(x_scale + block)
+    if UNIFORM == 0:
+        one = tl.load(w_scale + (rows // 128) * stride_ws + block)
+        two = one
+    else:
+        first = (n_block * (BLOCK_N // PARTS)) // 128
+        one = tl.load(w_scale + first * stride_ws + block)
+        two = one
+        if UNIFORM == 2:
+            second = first + (n_part // 128 if PARTS == 2 else 1)
+            two = tl.load(w_scale + second * stride_ws + block)
+    return xs, one, two
+
+
+@triton.jit
 def accumulate(
     x,
     live,
@@ -132,97 +159,88 @@ def accumulate(
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     UNIFORM: tl.constexpr,
-    NATIVE: tl.constexpr,
 ):
     """The loop over K.
 
-    x: pointers to the rows, live: which of them count. x_scale: pointers to their scales. w: descriptor or pointer. w_scale: pointer to the scales
-    of this expert. PACK: "" (a number an item), "int4", "mxfp4", or
-    "mxfp4_words", whose result is E2M1_WORDS_FACTOR too small. W_GROUP: K under one weight scale that has to be
-    applied inside the loop, else 0. X_SCALE: "group" where the input has a scale every BLOCK_K, "inline" where it is to be
-    quantized so here, anything else for scales that can wait.
+    x: pointers to the rows, live: which of them count. x_scale: pointers to their scales. w: descriptor or pointer.
+    w_scale: pointer to the scales of this expert. PACK: "" (a number an item), "int4", "mxfp4", or "mxfp4_words", whose
+    result is E2M1_WORDS_FACTOR too small. W_GROUP: K under one weight scale that is applied inside the loop, else 0.
+    X_SCALE: "group" where input and weights have a scale every 128 of K, anything else for scales that can wait.
     """
-    if PACK == "":
+    if X_SCALE == "group":
+        # Two levels: the scales change every 128 of K, so each block is summed by itself first. Scales are loaded a step
+        # ahead: nothing else would hide their latency.
+        blocks = tl.cdiv(k, 128)
+        xs, one, two = block_scales(x_scale, w_scale, rows, n_block, 0, n_part, stride_ws, PARTS, BLOCK_N, UNIFORM)
         for k0 in tl.range(0, k, BLOCK_K):
-            tile = load_weights(
-                w, expert, n_block, rows, k0, n_part, k_stored, BLOCK_N, BLOCK_K, PARTS, TMA, EVEN_K
+            later = tl.minimum(k0 // 128 + 1, blocks - 1)
+            xs_later, one_later, two_later = block_scales(
+                x_scale, w_scale, rows, n_block, later, n_part, stride_ws, PARTS, BLOCK_N, UNIFORM
             )
+            tile = load_weights(w, expert, n_block, rows, k0, n_part, k_stored, BLOCK_N, BLOCK_K, PARTS, TMA, EVEN_K)
             a = load_rows(x, live, k0, k, BLOCK_K, EVEN_K)
-            if X_SCALE == "group" or X_SCALE == "inline":
-                # Two levels: the scales change every 128 of K, so each block is summed by itself first.
-                block = k0 // 128
-                if X_SCALE == "group":
-                    xs = tl.load(x_scale + block)
-                else:
-                    # The step is a group of 128, and a short tile's rows are quantized in the shadow of the weights.
-                    wide = a.to(tl.float32)
-                    xs = scale_of(tl.max(magnitude_bits(wide), 1), 448.0)
-                    a = encode(wide, tl.broadcast_to(xs[:, None], wide.shape), False, NATIVE)
-                    a = a.to(tile.dtype, bitcast=True)
-                if UNIFORM == 1:
-                    ws = tl.load(w_scale + ((n_block * BLOCK_N) // 128) * stride_ws + block)
-                    scale = along_rows(xs * ws, SWAP)
-                elif UNIFORM == 2:
-                    # Two segments of the tile with one scale each; as a select on a constant index it costs nothing.
-                    SEGMENT: tl.constexpr = BLOCK_N // 2
-                    first = (n_block * (BLOCK_N // PARTS)) // 128
-                    second = first + (n_part // 128 if PARTS == 2 else 1)
-                    one = tl.load(w_scale + first * stride_ws + block)
-                    two = tl.load(w_scale + second * stride_ws + block)
-                    ws = tl.where(tl.arange(0, BLOCK_N) < SEGMENT, one, two)
-                    scale = along_rows(xs, SWAP) * along_weights(ws, SWAP)
-                else:
-                    ws = tl.load(w_scale + (rows // 128) * stride_ws + block)
-                    scale = along_rows(xs, SWAP) * along_weights(ws, SWAP)
-                part = product(a, tile, tl.zeros_like(acc), SWAP)
-                acc += part * scale
+            part = product(a, tile, tl.zeros_like(acc), SWAP)
+            if UNIFORM == 1:
+                scale = along_rows(xs * one, SWAP)
+            elif UNIFORM == 2:
+                # A select on a constant index: each thread multiplies its rows' scales by two numbers, not by BLOCK_N.
+                ws = tl.where(tl.arange(0, BLOCK_N) < BLOCK_N // 2, one, two)
+                scale = along_rows(xs, SWAP) * along_weights(ws, SWAP)
             else:
-                if tile.dtype != a.dtype:
-                    tile = tile.to(a.dtype)
-                acc = product(a, tile, acc, SWAP)
+                scale = along_rows(xs, SWAP) * along_weights(one, SWAP)
+            acc += part * scale
+            xs, one, two = xs_later, one_later, two_later
+    elif PACK == "":
+        for k0 in tl.range(0, k, BLOCK_K):
+            tile = load_weights(w, expert, n_block, rows, k0, n_part, k_stored, BLOCK_N, BLOCK_K, PARTS, TMA, EVEN_K)
+            a = load_rows(x, live, k0, k, BLOCK_K, EVEN_K)
+            if tile.dtype != a.dtype:
+                tile = tile.to(a.dtype)
+            acc = product(a, tile, acc, SWAP)
+    elif PACK == "mxfp4_words":
+        HALF: tl.constexpr = BLOCK_K // 2
+        GROUPS: tl.constexpr = HALF // W_GROUP
+        powers = w_scale + rows[:, None] * stride_ws + tl.arange(0, GROUPS)[None, :]
+        low_byte, high_byte = tl.load(powers), tl.load(powers + GROUPS)
+        last = tl.cdiv(k, BLOCK_K) - 1
+        for k0 in tl.range(0, k, BLOCK_K):
+            # A step ahead: bytes are too narrow for the asynchronous copies that hide the other loads.
+            ahead = powers + tl.minimum(k0 // BLOCK_K + 1, last) * (2 * GROUPS)
+            low_later, high_later = tl.load(ahead), tl.load(ahead + GROUPS)
+            tile = load_weights(w, expert, n_block, rows, k0 // 2, n_part, k_stored, BLOCK_N, HALF, PARTS, TMA, EVEN_K)
+            low_power = tl.broadcast_to(e8m0_for_words(low_byte)[:, :, None], (BLOCK_N, GROUPS, W_GROUP))
+            high_power = tl.broadcast_to(e8m0_for_words(high_byte)[:, :, None], (BLOCK_N, GROUPS, W_GROUP))
+            low, high = e2m1_words(tile, low_power.reshape(BLOCK_N, HALF), high_power.reshape(BLOCK_N, HALF))
+            acc = product(load_rows(x, live, k0, k, HALF, EVEN_K), low, acc, SWAP)
+            acc = product(load_rows(x, live, k0 + HALF, k, HALF, EVEN_K), high, acc, SWAP)
+            low_byte, high_byte = low_later, high_later
     else:
         HALF: tl.constexpr = BLOCK_K // 2
         GROUPS: tl.constexpr = HALF // W_GROUP if HALF > W_GROUP else 1
         SPAN: tl.constexpr = HALF // GROUPS
         for k0 in tl.range(0, k, BLOCK_K):
-            tile = load_weights(
-                w, expert, n_block, rows, k0 // 2, n_part, k_stored, BLOCK_N, HALF, PARTS, TMA, EVEN_K
-            )
-            if PACK == "mxfp4_words":
-                low_at = k0 // W_GROUP + tl.arange(0, GROUPS)
-                powers = w_scale + rows[:, None] * stride_ws + low_at[None, :]
-                low_power = tl.broadcast_to(e8m0_for_words(tl.load(powers))[:, :, None], (BLOCK_N, GROUPS, SPAN))
-                high_power = tl.broadcast_to(
-                    e8m0_for_words(tl.load(powers + GROUPS))[:, :, None], (BLOCK_N, GROUPS, SPAN)
-                )
-                low, high = e2m1_words(
-                    tile, low_power.reshape(BLOCK_N, HALF), high_power.reshape(BLOCK_N, HALF)
-                )
-                acc = product(load_rows(x, live, k0, k, HALF, EVEN_K), low, acc, SWAP)
-                acc = product(load_rows(x, live, k0 + HALF, k, HALF, EVEN_K), high, acc, SWAP)
-            else:
-                for half in tl.static_range(2):
-                    a = load_rows(x, live, k0 + half * HALF, k, HALF, EVEN_K)
-                    code = (tile & 15) if half == 0 else (tile >> 4)
-                    group = (k0 + half * HALF) // W_GROUP
-                    if PACK == "mxfp4" and SPAN < HALF:
-                        at = group + tl.arange(0, GROUPS)
-                        power = e8m0(tl.load(w_scale + rows[:, None] * stride_ws + at[None, :]), a.dtype)
-                        power = tl.broadcast_to(power[:, :, None], (BLOCK_N, GROUPS, SPAN))
-                        value = e2m1(code, a.dtype) * power.reshape(BLOCK_N, HALF)
-                        acc = product(a, value, acc, SWAP)
+            tile = load_weights(w, expert, n_block, rows, k0 // 2, n_part, k_stored, BLOCK_N, HALF, PARTS, TMA, EVEN_K)
+            for half in tl.static_range(2):
+                a = load_rows(x, live, k0 + half * HALF, k, HALF, EVEN_K)
+                code = (tile & 15) if half == 0 else (tile >> 4)
+                group = (k0 + half * HALF) // W_GROUP
+                if PACK == "mxfp4" and SPAN < HALF:
+                    at = group + tl.arange(0, GROUPS)
+                    power = e8m0(tl.load(w_scale + rows[:, None] * stride_ws + at[None, :]), a.dtype)
+                    power = tl.broadcast_to(power[:, :, None], (BLOCK_N, GROUPS, SPAN))
+                    value = e2m1(code, a.dtype) * power.reshape(BLOCK_N, HALF)
+                    acc = product(a, value, acc, SWAP)
+                else:
+                    # One scale a row and half: it multiplies the half's product, and the numbers stay exact.
+                    scale = tl.load(w_scale + rows * stride_ws + group)
+                    if PACK == "mxfp4":
+                        scale = e8m0(scale, tl.float32)
+                        value = e2m1(code, a.dtype)
+                    elif HAS_ZERO:
+                        zero = tl.load(w_zero + rows * stride_ws + group)[:, None]
+                        value = (code.to(tl.int16) - zero.to(tl.int16)).to(a.dtype)
                     else:
-                        # One scale a row and half: it multiplies the half's product, and the numbers stay exact.
-                        at = group
-                        scale = tl.load(w_scale + rows * stride_ws + at)
-                        if PACK == "mxfp4":
-                            scale = e8m0(scale, tl.float32)
-                            value = e2m1(code, a.dtype)
-                        elif HAS_ZERO:
-                            zero = tl.load(w_zero + rows * stride_ws + at)[:, None]
-                            value = (code.to(tl.int16) - zero.to(tl.int16)).to(a.dtype)
-                        else:
-                            value = (code.to(tl.int16) - 8).to(a.dtype)
-                        part = product(a, value, tl.zeros_like(acc), SWAP)
-                        acc += part * along_weights(scale, SWAP)
+                        value = (code.to(tl.int16) - 8).to(a.dtype)
+                    part = product(a, value, tl.zeros_like(acc), SWAP)
+                    acc += part * along_weights(scale, SWAP)
     return acc

@@ -1,0 +1,202 @@
+"""What the Hopper kernels of `hopper_gemm.py` (16 bits) and `hopper_fp8.py` share: order of tiles, ring, producers.
+
+Protocol of a slot: `full[s]` completes when both operands have landed (the bytes that TMA announced, and for gathered
+rows one arrival of each of the 128 gathering threads, which the hardware makes when that thread's copies are done);
+`empty[s]` completes when both consumers have arrived, each after the wgmma that read the slot has finished. Everybody
+walks the same list of tiles in the same order and counts slots with the same counter `it`: slot it % stages, and the
+parity (it // stages) & 1 of its `full`; a producer waits for the parity before that one of `empty`, which a fresh
+barrier passes. So a consumer is at most `stages` slots behind the other, and may run its epilogue meanwhile.
+A consumer whose half of a tile has no rows only passes the slots on: the other then has the tensor cores alone.
+
+`lead` (with a lag): in every tile the first consumer arrives once, when it has `lag` slots behind it, and the second
+waits for that before its first slot. The first can arrive for the next tile only once the second has freed a slot of
+this one (a tile has at least `stages` slots: the launcher sees to that), so the two are never two phases apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+
+@dataclass(frozen=True, slots=True)
+class HopperConfig:
+    """How a kernel is cut. Tiles are table.block_m (128) x block_n; group_m tiles of rows share columns in L2."""
+
+    block_n: int = 256
+    block_k: int = 64
+    stages: int = 4
+    group_m: int = 8
+    lag: int = 0  # slots by which the second consumer starts behind the first, so that their epilogues do not coincide
+    fence: bool = True  # order cp.async's writes before wgmma's reads by a proxy fence, as PTX asks
+    split: bool = False  # gathered rows: a warp of its own for the weights' TMA, so that the gatherers never wait for it
+
+    def lag_for(self, width: int) -> int:
+        """The lag that a first operand of that many columns allows."""
+        return min(self.lag, self.stages - 1) if -(-width // self.block_k) >= self.stages else 0
+
+
+@gluon.jit
+def count_live(tile_expert, tiles):
+    """Tiles that have an expert: the unused ones, with -1, are the tail of the table."""
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    index = gl.arange(0, 1024, layout=layout)
+    seen = gl.zeros([1024], gl.int32, layout)
+    for first in range(0, tiles, 1024):
+        expert = gl.load(tile_expert + first + index, mask=first + index < tiles, other=-1)
+        seen += (expert >= 0).to(gl.int32)
+    return gl.sum(seen, axis=0)
+
+
+@gluon.jit
+def place(tile, live, n_tiles, GROUP_M: gl.constexpr):
+    """The tile of rows and the tile of columns of entry `tile` of the order: rows fastest, GROUP_M tiles at a time."""
+    a_group = GROUP_M * n_tiles
+    first = (tile // a_group) * GROUP_M
+    size = gl.minimum(live - first, GROUP_M)
+    within = tile % a_group
+    return first + within % size, within // size
+
+
+@gluon.jit
+def rows_of(m, table, BM: gl.constexpr):
+    """Expert, first position and number of positions of a tile of rows; table: (tile_expert, tile_start, ends)."""
+    expert = gl.load(table[0] + m)
+    start = gl.load(table[1] + m)
+    return expert, start, gl.minimum(gl.load(table[2] + expert) - start, BM)
+
+
+@gluon.jit
+def make_ring(dtype: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+              FULL: gl.constexpr):  # fmt: skip
+    """The slots and their barriers; FULL arrivals fill a slot, one of each consumer empties it."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], dtype)
+    a_ring = gl.allocate_shared_memory(dtype, [STAGES, BM, BK], layout)
+    b_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    lead = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=FULL)
+        mbarrier.init(empty.index(stage), count=2)
+    mbarrier.init(lead.index(0), count=1)
+    fence_async_shared()
+    return a_ring, b_ring, full, empty, lead
+
+
+@gluon.jit
+def _load_weights(w_desc, ready, slot, row, k, inter, GATED: gl.constexpr):
+    """Rows of the weights from `row`; GATED: the slot's first half from there, the second from `inter` rows on."""
+    if GATED:
+        HALF: gl.constexpr = slot.shape[0] // 2
+        tma.async_copy_global_to_shared(w_desc, [row, k], ready, slot.slice(0, HALF))
+        tma.async_copy_global_to_shared(w_desc, [row + inter, k], ready, slot.slice(HALF, HALF))
+    else:
+        tma.async_copy_global_to_shared(w_desc, [row, k], ready, slot)
+
+
+@gluon.jit
+def produce_gathered(ring, table, slots, x, x_stride, w_desc, span, TOP_K: gl.constexpr, EVEN_K: gl.constexpr,
+                     GROUP_M: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
+                     WEIGHTS: gl.constexpr):  # fmt: skip
+    """Gathered rows of x (ROWS), and the gate and up rows of an expert that make the same columns of h (WEIGHTS)."""
+    a_ring, b_ring, full, empty = ring[0], ring[1], ring[2], ring[3]
+    live, n_tiles, inter, K = span
+    BM: gl.constexpr = a_ring.shape[1]
+    BN: gl.constexpr = b_ring.shape[1]
+    BK: gl.constexpr = a_ring.shape[2]
+    BYTES: gl.constexpr = w_desc.dtype.primitive_bitwidth // 8
+    VEC: gl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    layout: gl.constexpr = gl.BlockedLayout([1, VEC], [32 * VEC // BK, BK // VEC], [gl.num_warps(), 1], [1, 0])
+    rows = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
+    cols = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
+    it = 0
+    for tile in range(gl.program_id(0), live * n_tiles, gl.num_programs(0)):
+        m, n = place(tile, live, n_tiles, GROUP_M)
+        expert, start, count = rows_of(m, table, BM)
+        if ROWS:
+            inside = rows < count
+            token = gl.load(slots + (start + rows), mask=inside, other=0) // TOP_K
+            source = x + token.to(gl.int64)[:, None] * x_stride + cols[None, :]
+        gate_row = expert * (2 * inter) + n * (BN // 2)
+        for k in range(0, K, BK):
+            stage = it % STAGES
+            mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
+            ready = full.index(stage)
+            if WEIGHTS:
+                mbarrier.expect(ready, BN * BK * BYTES)
+                _load_weights(w_desc, ready, b_ring.index(stage), gate_row, k, inter, True)
+            if ROWS:
+                mask = inside[:, None]
+                if not EVEN_K:
+                    mask = mask & (k + cols < K)[None, :]
+                async_copy.async_copy_global_to_shared(a_ring.index(stage), source + k, mask=mask)
+                async_copy.mbarrier_arrive(ready, increment_count=False)
+            it += 1
+
+
+@gluon.jit
+def produce_rows(ring, table, a_desc, w_desc, span, GATED: gl.constexpr, GROUP_M: gl.constexpr,
+                 STAGES: gl.constexpr):  # fmt: skip
+    """Positions, which are contiguous, and rows of weights; the second half of the positions only where it has any."""
+    a_ring, b_ring, full, empty = ring[0], ring[1], ring[2], ring[3]
+    live, n_tiles, size, K = span
+    BM: gl.constexpr = a_ring.shape[1]
+    BN: gl.constexpr = b_ring.shape[1]
+    BK: gl.constexpr = a_ring.shape[2]
+    HALF: gl.constexpr = BM // 2
+    BYTES: gl.constexpr = w_desc.dtype.primitive_bitwidth // 8
+    it = 0
+    for tile in range(gl.program_id(0), live * n_tiles, gl.num_programs(0)):
+        m, n = place(tile, live, n_tiles, GROUP_M)
+        expert, start, count = rows_of(m, table, BM)
+        both = count > HALF
+        row = expert * (2 * size) + n * (BN // 2) if GATED else expert * size + n * BN
+        for k in range(0, K, BK):
+            stage = it % STAGES
+            mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
+            ready = full.index(stage)
+            rows = a_ring.index(stage)
+            mbarrier.expect(ready, (BN + BM) * BK * BYTES, pred=both)
+            mbarrier.expect(ready, (BN + HALF) * BK * BYTES, pred=count <= HALF)
+            _load_weights(w_desc, ready, b_ring.index(stage), row, k, size, GATED)
+            tma.async_copy_global_to_shared(a_desc, [start, k], ready, rows.slice(0, HALF))
+            tma.async_copy_global_to_shared(a_desc, [start + HALF, k], ready, rows.slice(HALF, HALF), pred=both)
+            it += 1
+
+
+@gluon.jit
+def pass_on(ring, it, steps, STAGES: gl.constexpr):
+    """A consumer without rows in this tile: it frees each slot as soon as the slot is full."""
+    full, empty = ring[2], ring[3]
+    for _ in range(steps):
+        mbarrier.wait(full.index(it % STAGES), (it // STAGES) & 1)
+        mbarrier.arrive(empty.index(it % STAGES), count=1)
+        it += 1
+
+
+@gluon.constexpr_function
+def acc_layout(columns, bits):
+    """Of one warpgroup's accumulator; bits: of an operand's element."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 256 // bits])
+
+
+@gluon.constexpr_function
+def store_layout(columns, bits):
+    """For a warpgroup's stores of elements of that many bits: sixteen bytes a thread, whole rows a warp."""
+    each = 128 // bits
+    lanes = min(columns // each, 32)
+    return gl.BlockedLayout([1, each], [32 // lanes, lanes], [4, 1], [1, 0])
+
+
+def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """TMA boxes [rows, columns] of a matrix, for the ring's slots."""
+    size = matrix.element_size()
+    return TensorDescriptor.from_tensor(
+        matrix, [rows, columns], gl.NVMMASharedLayout(min(128, columns * size), 8 * size, 2)
+    )

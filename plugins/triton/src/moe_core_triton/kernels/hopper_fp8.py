@@ -1,0 +1,296 @@
+"""Grouped GEMMs for Hopper of the scheme fp8_block128 at prefill sizes: e4m3 with a float32 scale every 128 of K.
+
+As in `hopper_gemm.py`: one persistent CTA an SM, producers that fill a ring, two consumer warpgroups of 64 rows each.
+A slot is 128 of K, so both operands have one scale there (a row's of the activations, a block's of the weights), and
+every slot's product is a fresh accumulation that is scaled into the total ("promoted"), one FMA an element.
+
+A consumer's total is [64, 2 * 128], one product [64, 128]: 192 registers a thread. It takes the two halves of the
+columns (gate and up; or the left and right block of w2) one after the other, so each half has one weight scale, and
+while it promotes, the other consumer has the tensor cores: a product takes them 256 cycles, a promotion takes 64
+issue cycles of each scheduler. The scales of the next slot are loaded while this one is multiplied.
+
+The first GEMM's tile makes 128 columns of h, a whole group of its quantization: h and its scales are written here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from moe_core_triton.kernels.activation import activate
+from moe_core_triton.kernels.hopper_common import (
+    HopperConfig,
+    acc_layout,
+    count_live,
+    descriptor,
+    make_ring,
+    pass_on,
+    place,
+    produce_gathered,
+    produce_rows,
+    rows_of,
+    store_layout,
+)
+from moe_core_triton.kernels.launching import processors
+from moe_core_triton.kernels.quantize import magnitude_bits
+from moe_core_triton.row_table import RowTable
+
+GROUP = 128
+DEFAULT = HopperConfig(block_n=2 * GROUP, block_k=GROUP, split=True)
+
+
+@gluon.jit
+def _multiply(ring, it, steps, x_scale, w_scale, w_scale_2, PART: gl.constexpr, STAGES: gl.constexpr,
+              LAG: gl.constexpr, FENCE: gl.constexpr):  # fmt: skip
+    """The two halves of the columns of a consumer's half of a tile: [BM / 2, BN / 2] each, in float32, scaled.
+
+    x_scale: pointers [BM / 2] to the rows' first scales; w_scale, w_scale_2: those of the two halves of the columns.
+    """
+    a_ring, b_ring, full, empty, lead = ring
+    HALF: gl.constexpr = a_ring.shape[1] // 2
+    COLS: gl.constexpr = b_ring.shape[1] // 2
+    layout: gl.constexpr = acc_layout(COLS, 8)
+    left = gl.zeros([HALF, COLS], gl.float32, layout)
+    right = gl.zeros([HALF, COLS], gl.float32, layout)
+    fresh = gl.zeros([HALF, COLS], gl.float32, layout)
+    xs = gl.load(x_scale)
+    ws = gl.load(w_scale)
+    ws_2 = gl.load(w_scale_2)
+    for step in range(steps):
+        stage = it % STAGES
+        mbarrier.wait(full.index(stage), (it // STAGES) & 1)
+        if FENCE:
+            fence_async_shared()
+        a = a_ring.index(stage).slice(PART * HALF, HALF)
+        b = b_ring.index(stage)
+        part = warpgroup_mma(a, b.slice(0, COLS).permute((1, 0)), fresh, use_acc=False, is_async=True)
+        scale = xs * ws
+        scale_2 = xs * ws_2
+        ahead = gl.minimum(step + 1, steps - 1)
+        xs = gl.load(x_scale + ahead)
+        ws = gl.load(w_scale + ahead)
+        ws_2 = gl.load(w_scale_2 + ahead)
+        part = warpgroup_mma_wait(0, deps=(part,))
+        left += part * scale[:, None]
+        part = warpgroup_mma(a, b.slice(COLS, COLS).permute((1, 0)), fresh, use_acc=False, is_async=True)
+        part = warpgroup_mma_wait(0, deps=(part,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        if PART == 0 and LAG > 0:
+            mbarrier.arrive(lead.index(0), count=1, pred=step == LAG - 1)
+        right += part * scale_2[:, None]
+        it += 1
+    return left, right
+
+
+@gluon.jit
+def _next_rows(tile, total, table, slots, rows, live, n_tiles, BM: gl.constexpr, GROUP_M: gl.constexpr,
+               HAS_SLOTS: gl.constexpr):  # fmt: skip
+    """What a consumer needs to know of a tile: expert, tile of columns, first position, count, slots of `rows`."""
+    m, n = place(gl.minimum(tile, total - 1), live, n_tiles, GROUP_M)
+    expert, start, count = rows_of(m, table, BM)
+    # Rows that do not exist stand in for the tile's first, so that every address is valid.
+    slot = start + gl.where(rows < count, rows, 0)
+    if HAS_SLOTS:
+        slot = gl.load(slots + slot)
+    return expert, n, start, count, slot
+
+
+@gluon.jit
+def _group_scales(value):
+    """As `scale_of` in quantize.py, of whole rows: amax / 448, 1 where that is zero; a NaN stays one."""
+    amax = gl.max(magnitude_bits(value), axis=1).to(gl.float32, bitcast=True)
+    scale = gl.div_rn(amax, gl.full(amax.shape, 448.0, gl.float32, amax.type.layout))
+    scale = gl.where(scale < 7.888609052210118e-31, 7.888609052210118e-31, scale)
+    return gl.where(amax == 0, 1.0, scale)
+
+
+@gluon.jit
+def _consume_up(ring, table, slots, scales, out, span, act, PART: gl.constexpr, ACT: gl.constexpr,
+                HAS_LIMIT: gl.constexpr, HAS_SLOTS: gl.constexpr, TOP_K: gl.constexpr, GROUP_M: gl.constexpr,
+                STAGES: gl.constexpr, LAG: gl.constexpr, FENCE: gl.constexpr):  # fmt: skip
+    x_scale, x_scale_stride, w_scale = scales
+    h, h_stride, h_scale, h_scale_stride = out
+    live, n_tiles, inter, K = span
+    BM: gl.constexpr = ring[0].shape[1]
+    BK: gl.constexpr = ring[0].shape[2]
+    COLS: gl.constexpr = ring[1].shape[1] // 2
+    HALF: gl.constexpr = BM // 2
+    mma: gl.constexpr = acc_layout(COLS, 8)
+    layout: gl.constexpr = store_layout(COLS, 8)
+    rows = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
+    cols = gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
+    rows_mma = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, mma))
+    steps = K // BK
+    total = live * n_tiles
+    it = 0
+    turn = 0
+    if gl.program_id(0) < total:
+        expert, n, start, count, slot = _next_rows(
+            gl.program_id(0), total, table, slots, rows_mma, live, n_tiles, BM, GROUP_M, HAS_SLOTS
+        )
+        for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+            row_scale = x_scale + (slot // TOP_K).to(gl.int64) * x_scale_stride
+            gate_scale = w_scale + (expert * (2 * n_tiles) + n) * steps
+            here, first, last = n, start, count
+            expert, n, start, count, slot = _next_rows(
+                tile + gl.num_programs(0), total, table, slots, rows_mma, live, n_tiles, BM, GROUP_M, HAS_SLOTS
+            )
+            if PART == 1 and LAG > 0:
+                mbarrier.wait(ring[4].index(0), turn & 1)
+            if last > PART * HALF:
+                gate, up = _multiply(
+                    ring, it, steps, row_scale, gate_scale, gate_scale + n_tiles * steps, PART, STAGES, LAG, FENCE
+                )
+                value = activate(gate, up, ACT, act[0], act[1], act[2], HAS_LIMIT)
+                scale = _group_scales(value)
+                target = h_scale + (first + rows_mma).to(gl.int64) * h_scale_stride + here
+                gl.store(target, scale, mask=rows_mma < last)
+                code = gl.convert_layout((value * (1.0 / scale)[:, None]).to(h.dtype.element_ty), layout)
+                target = h + (first + rows).to(gl.int64)[:, None] * h_stride + (here * COLS + cols)[None, :]
+                gl.store(target, code, mask=gl.expand_dims(rows < last, 1))
+            else:
+                pass_on(ring, it, steps, STAGES)
+            it += steps
+            turn += 1
+
+
+@gluon.jit
+def _consume_down(ring, table, slots, scales, row_weights, y, y_stride, span, factor, PART: gl.constexpr,
+                  HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+                  LAG: gl.constexpr):  # fmt: skip
+    x_scale, x_scale_stride, w_scale = scales
+    live, n_tiles, columns, K = span
+    BM: gl.constexpr = ring[0].shape[1]
+    BK: gl.constexpr = ring[0].shape[2]
+    COLS: gl.constexpr = ring[1].shape[1] // 2
+    HALF: gl.constexpr = BM // 2
+    mma: gl.constexpr = acc_layout(COLS, 8)
+    layout: gl.constexpr = store_layout(COLS, 16)
+    rows = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
+    cols = gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
+    rows_mma = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, mma))
+    steps = K // BK
+    blocks = columns // COLS
+    total = live * n_tiles
+    it = 0
+    turn = 0
+    if gl.program_id(0) < total:
+        expert, n, start, count, slot = _next_rows(
+            gl.program_id(0), total, table, slots, rows_mma, live, n_tiles, BM, GROUP_M, HAS_SLOTS
+        )
+        for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+            here, first, last = n, start, count
+            row_scale = x_scale + (first + gl.where(rows_mma < last, rows_mma, 0)).to(gl.int64) * x_scale_stride
+            block = expert * blocks + 2 * here
+            left_scale = w_scale + block * steps
+            right_scale = left_scale + gl.where(2 * here + 1 < blocks, steps, 0)
+            weight = gl.full([HALF], factor, gl.float32, rows_mma.type.layout)
+            if HAS_WEIGHTS:
+                weight *= gl.load(row_weights + slot)
+            expert, n, start, count, slot = _next_rows(
+                tile + gl.num_programs(0), total, table, slots, rows_mma, live, n_tiles, BM, GROUP_M, HAS_SLOTS
+            )
+            if PART == 1 and LAG > 0:
+                mbarrier.wait(ring[4].index(0), turn & 1)
+            if last > PART * HALF:
+                left, right = _multiply(
+                    ring, it, steps, row_scale, left_scale, right_scale, PART, STAGES, LAG, False
+                )
+                target = first + rows
+                if HAS_SLOTS:
+                    target = gl.load(slots + target, mask=rows < last, other=0)
+                inside = gl.expand_dims(rows < last, 1)
+                column = here * (2 * COLS) + cols
+                line = y + target.to(gl.int64)[:, None] * y_stride + column[None, :]
+                out = gl.convert_layout((left * weight[:, None]).to(y.dtype.element_ty), layout)
+                gl.store(line, out, mask=inside)
+                out = gl.convert_layout((right * weight[:, None]).to(y.dtype.element_ty), layout)
+                gl.store(line + COLS, out, mask=inside & (column + COLS < columns)[None, :])
+            else:
+                pass_on(ring, it, steps, STAGES)
+            it += steps
+            turn += 1
+
+
+@gluon.jit
+def up_fp8_kernel(x, x_stride, x_desc, x_scale, x_scale_stride, w_desc, w_scale, h, h_stride, h_scale, h_scale_stride,
+                  tile_expert, tile_start, ends, slots, tiles, K, inter, alpha, beta, limit, ACT: gl.constexpr,
+                  HAS_LIMIT: gl.constexpr, HAS_SLOTS: gl.constexpr, TOP_K: gl.constexpr, BM: gl.constexpr,
+                  BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, LAG: gl.constexpr,
+                  FENCE: gl.constexpr, SPLIT: gl.constexpr):  # fmt: skip
+    ring = make_ring(w_desc.dtype, BM, BN, BK, STAGES, 4 * 32 + 1 if HAS_SLOTS else 1)
+    span = (count_live(tile_expert, tiles), inter // (BN // 2), inter, K)
+    table = (tile_expert, tile_start, ends)
+    act = (alpha, beta, limit)
+    scales = (x_scale, x_scale_stride, w_scale)
+    out = (h, h_stride, h_scale, h_scale_stride)
+    if not HAS_SLOTS:
+        gl.warp_specialize(
+            [
+                (_consume_up, (ring, table, slots, scales, out, span, act, 0, ACT, HAS_LIMIT, False, TOP_K, GROUP_M,
+                               STAGES, LAG, False)),
+                (_consume_up, (ring, table, slots, scales, out, span, act, 1, ACT, HAS_LIMIT, False, TOP_K, GROUP_M,
+                               STAGES, LAG, False)),
+                (produce_rows, (ring, table, x_desc, w_desc, span, True, GROUP_M, STAGES)),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+    elif SPLIT:
+        gl.warp_specialize(
+            [
+                (_consume_up, (ring, table, slots, scales, out, span, act, 0, ACT, HAS_LIMIT, True, TOP_K, GROUP_M,
+                               STAGES, LAG, FENCE)),
+                (_consume_up, (ring, table, slots, scales, out, span, act, 1, ACT, HAS_LIMIT, True, TOP_K, GROUP_M,
+                               STAGES, LAG, FENCE)),
+                (produce_gathered, (ring, table, slots, x, x_stride, w_desc, span, TOP_K, True, GROUP_M, STAGES,
+                                    True, False)),
+                (produce_gathered, (ring, table, slots, x, x_stride, w_desc, span, TOP_K, True, GROUP_M, STAGES,
+                                    False, True)),
+            ],
+            [4, 4, 1],
+            [216, 48, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume_up, (ring, table, slots, scales, out, span, act, 0, ACT, HAS_LIMIT, True, TOP_K, GROUP_M,
+                               STAGES, LAG, FENCE)),
+                (_consume_up, (ring, table, slots, scales, out, span, act, 1, ACT, HAS_LIMIT, True, TOP_K, GROUP_M,
+                               STAGES, LAG, FENCE)),
+                (produce_gathered, (ring, table, slots, x, x_stride, w_desc, span, TOP_K, True, GROUP_M, STAGES,
+                                    True, True)),
+            ],
+            [4, 4],
+            [224, 56],
+        )  # fmt: skip
+
+
+@gluon.jit
+def down_fp8_kernel(h_desc, h_scale, h_scale_stride, w_desc, w_scale, y, y_stride, tile_expert, tile_start, ends, slots,
+                    row_weights, factor, tiles, K, columns, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr,
+                    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+                    GROUP_M: gl.constexpr, LAG: gl.constexpr):  # fmt: skip
+    ring = make_ring(h_desc.dtype, BM, BN, BK, STAGES, 1)
+    span = (count_live(tile_expert, tiles), gl.cdiv(columns, BN), columns, K)
+    table = (tile_expert, tile_start, ends)
+    scales = (h_scale, h_scale_stride, w_scale)
+    gl.warp_specialize(
+        [
+            (_consume_down, (ring, table, slots, scales, row_weights, y, y_stride, span, factor, 0, HAS_SLOTS,
+                             HAS_WEIGHTS, GROUP_M, STAGES, LAG)),
+            (_consume_down, (ring, table, slots, scales, row_weights, y, y_stride, span, factor, 1, HAS_SLOTS,
+                             HAS_WEIGHTS, GROUP_M, STAGES, LAG)),
+            (produce_rows, (ring, table, h_desc, w_desc, span, False, GROUP_M, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
