@@ -1,5 +1,6 @@
 # `make demo` runs the main job, `make test` passes the tests. Both set up .venv first.
 #   make demo MODEL=dir   runs a real Hugging Face MoE checkpoint instead of a small random one
+#   make test JOBS=8      in eight processes; the kernels of the Triton plugin run on a GPU, or else in the interpreter
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
@@ -7,6 +8,7 @@ BIN    := $(VENV)/bin
 MODEL  ?=
 PROMPT ?=
 ARGS   ?=
+JOBS   ?= 2
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 # Plugins are installed without their dependencies: the vendors' packages need their hardware.
 EDITABLE := $(foreach p,$(PLUGINS),-e $(patsubst %/pyproject.toml,%,$(p)))
@@ -33,7 +35,7 @@ demo: $(VENV)/.core
 	$(BIN)/moe-core run $(if $(MODEL),--model "$(MODEL)") $(if $(PROMPT),--prompt "$(PROMPT)") $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/pytest -m "not wheels" $(ARGS)
+	$(BIN)/pytest -m "not wheels" -n $(JOBS) $(ARGS)
 
 wheels: $(VENV)/.dev
 	$(BIN)/pytest -m wheels $(ARGS)

@@ -16,14 +16,17 @@ from moe_core import _contract, _lazy, explanation
 from moe_core.errors import BindError, ConfigError, LayoutMismatch, did_you_mean
 from moe_core.hardware import HardwareInfo
 from moe_core.moe_plan import MoePlan
-from moe_core.protocols import Binding
+from moe_core.protocols import Binding, BoundRouter
 from moe_core.resolution import Resolution
 from moe_core.specs import FusedSpec, RunnerSpec, Terms
 from moe_core.vocabulary import FormatId, Owner, Step
 from moe_core.weights import WeightRequirements, torch_dtype
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from moe_core.registry import Registry
+    from moe_core.topk import TopKOutput
     from moe_core.weights import CanonicalWeights
 
 logger = logging.getLogger(__name__)
@@ -85,6 +88,9 @@ def _assemble(resolution: Resolution, registry: Registry, binding: Binding, quan
         dispatcher_binding = replace(binding, options=options, runner=None, quant_info=quant_info)
         dispatcher, split_phases = _lazy.call(spec.factory, spec.subject, dispatcher_binding), spec.split_phases
 
+    runner = registry.runners[candidate.runner]
+    router = core_router(binding) if runner.router is None else _lazy.call(runner.router, runner.subject, binding)
+
     def update(plan: MoePlan, weights: CanonicalWeights) -> None:
         _update(plan.quant_info, _fit(weights, resolution, registry), binding, resolution, registry)
 
@@ -96,8 +102,21 @@ def _assemble(resolution: Resolution, registry: Registry, binding: Binding, quan
         dispatcher=dispatcher,
         whole=whole,
         split_phases=split_phases,
+        router=router,
         update=update,
     )
+
+
+def core_router(binding: Binding) -> BoundRouter:
+    """The core's routing function for this layer: what a runner without kernels for it gets."""
+    from moe_core.routing import route
+
+    config = binding.config
+
+    def bound(router_logits: Tensor, correction_bias: Tensor | None = None, scaling_factor: float = 1.0) -> TopKOutput:
+        return route(router_logits, config.top_k, config.routing, correction_bias, scaling_factor)
+
+    return bound
 
 
 def _update(

@@ -13,8 +13,7 @@ from moe_core.config import MoeConfig, ParallelConfig
 from moe_core.errors import ConfigError, ContractViolation
 from moe_core.moe_plan import MoePlan
 from moe_core.protocols import RunningState
-from moe_core.routing import route
-from moe_core.topk import AnyTopK, BypassedTopK, TopKOutput
+from moe_core.topk import AnyTopK, BypassedTopK
 from moe_core.vocabulary import TOPK_BYPASSED, TOPK_STANDARD, Owner, Phase, Step
 from moe_core.weights import CanonicalWeights
 
@@ -70,10 +69,7 @@ class MoeLayer(nn.Module):
         logits = nn.functional.linear(hidden_states.to(self.router_weight.dtype), self.router_weight)
         if self._bypass:
             return BypassedTopK(logits, self.correction_bias)
-        result: TopKOutput = route(
-            logits, self.config.top_k, self.config.routing, self.correction_bias, scaling_factor=self._scaling
-        )
-        return result
+        return self.plan.route(logits, self.correction_bias, scaling_factor=self._scaling)
 
     def forward(
         self, hidden_states: Tensor, *, phase: Phase | None = None, state: RunningState | None = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_core import _contract, explanation
 from moe_core.errors import ContractViolation
-from moe_core.protocols import Binding, RunningState
+from moe_core.protocols import Binding, BoundRouter, RunningState
 from moe_core.resolution import Resolution
 from moe_core.vocabulary import TOPK_STANDARD, FormatId, Owner, Phase, Step
 from moe_core.weights import torch_dtype
@@ -17,7 +17,7 @@ from moe_core.weights import torch_dtype
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_core.topk import AnyTopK
+    from moe_core.topk import AnyTopK, TopKOutput
     from moe_core.weights import CanonicalWeights
 
 
@@ -46,6 +46,7 @@ class MoePlan:
         "_max_tokens",
         "_paths",
         "_phases",
+        "_router",
         "_split",
         "_topk_format",
         "_topk_shape",
@@ -69,6 +70,7 @@ class MoePlan:
         dispatcher: Any,
         whole: Callable[..., Tensor] | None,
         split_phases: bool,
+        router: BoundRouter,
         update: Callable[[MoePlan, CanonicalWeights], None],
     ) -> None:
         """Use `moe_core.plan` or `moe_core.binding.bind`."""
@@ -84,6 +86,7 @@ class MoePlan:
         self._max_tokens = request.max_tokens or sys.maxsize
         self._bound_hooks, self._phases = request.hooks, request.phases
         self._paths, self._whole, self._split, self._update = paths, whole, split_phases, update
+        self._router = router
         self._dispatch: Any = dispatcher.dispatch if dispatcher is not None else None
         self._dispatch_begin: Any = dispatcher.dispatch_begin if split_phases else None
         self._combine: Any = dispatcher.combine if dispatcher is not None else None
@@ -157,6 +160,12 @@ class MoePlan:
         if state.phase not in self._phases:
             _contract.refuse_phase(state.phase, self._phases)
         return state
+
+    def route(
+        self, router_logits: Tensor, correction_bias: Tensor | None = None, *, scaling_factor: float = 1.0
+    ) -> TopKOutput:
+        """The layer's routing function, by the runner's kernels where it has some: see `moe_core.route`."""
+        return self._router(router_logits, correction_bias, scaling_factor)
 
     def dispatch(
         self, hidden_states: Tensor, topk_output: AnyTopK, state: RunningState, *, phase: Phase | None = None

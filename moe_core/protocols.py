@@ -192,6 +192,15 @@ class FusedPath(Protocol):
         """[T, H] -> [T, H]."""
 
 
+class BoundRouter(Protocol):
+    """A layer's routing function: what `moe_core.routing.route` computes for its `RoutingConfig` and top_k."""
+
+    def __call__(
+        self, router_logits: Tensor, correction_bias: Tensor | None = None, scaling_factor: float = 1.0
+    ) -> TopKOutput:
+        """router_logits [T, E] -> the choice, as `moe_core.routing.route` gives it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuningJob:
     """What a runner's `tune` gets: a bound layer with random weights, and the file where its results belong.

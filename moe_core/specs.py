@@ -171,6 +171,7 @@ class RunnerSpec:
     factory(binding) -> RunnerCore. prepare(weights, binding) -> QuantInfo in one of `layouts`.
     update(quant_info, weights, binding) refreshes it in place; without one, the core prepares anew and copies.
     requirements(request) -> WeightRequirements: sizes to pad to, known before weights are allocated; import-free.
+    router(binding) -> BoundRouter: the layer's routing function by kernels of its own; without one, the core's is used.
     tune(job: TuningJob) -> list[TuningRow]: measure and keep the best kernels for one layer (`moe-core tune`).
     options: name -> what it does; the values come from `Settings.options[name]`. last_resort: correct, but slow.
     """
@@ -183,6 +184,7 @@ class RunnerSpec:
     layouts: frozenset[str]
     update: str | None = None
     requirements: str | None = None
+    router: str | None = None
     tune: str | None = None
     priority: int = 100
     maturity: Mapping[str, Maturity] = field(default_factory=FrozenDict)
@@ -191,7 +193,7 @@ class RunnerSpec:
     why_not: str | None = None
 
     def __post_init__(self) -> None:
-        targets = (self.factory, self.prepare, self.update, self.requirements, self.tune, self.why_not)
+        targets = (self.factory, self.prepare, self.update, self.requirements, self.router, self.tune, self.why_not)
         _check("runner", self.name, *targets)
         for name in ("maturity", "options"):
             object.__setattr__(self, name, FrozenDict(getattr(self, name)))
@@ -208,7 +210,8 @@ class RunnerSpec:
     @property
     def targets(self) -> tuple[str, ...]:
         """All targets that binding will import."""
-        return tuple(t for t in (self.factory, self.prepare, self.update, self.requirements) if t is not None)
+        wanted = (self.factory, self.prepare, self.update, self.requirements, self.router)
+        return tuple(target for target in wanted if target is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

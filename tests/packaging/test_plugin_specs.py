@@ -152,14 +152,42 @@ def test_names_are_unique_over_all_plugins() -> None:
     assert sorted(str(k) for k in set(keys) if keys.count(k) > 1) == []
 
 
+def written(name: str, spec: Any) -> bool:
+    """Whether all modules that a spec names are there."""
+    modules = [source(name) / target.partition(":")[0].replace(".", "/") for target in spec.targets]
+    return all(m.with_suffix(".py").exists() or (m / "__init__.py").exists() for m in modules)
+
+
 @each_plugin
 def test_nothing_unwritten_claims_to_be_verified(name: str) -> None:
     for spec in components(name):
-        modules = [target.partition(":")[0].replace(".", "/") for target in spec.targets]
-        written = all(
-            (source(name) / f"{m}.py").exists() or (source(name) / m / "__init__.py").exists() for m in modules
-        )
-        assert written or set(spec.maturity.values()) <= {Maturity.UNTESTED}, spec.subject
+        assert written(name, spec) or set(spec.maturity.values()) <= {Maturity.UNTESTED}, spec.subject
+
+
+@each_plugin
+def test_what_is_written_can_be_imported(name: str) -> None:
+    """Every target of every spec, where this machine has what the plugin requires."""
+    missing = {s.name: [why for r in s.support.requires for why in r.why_not(s.subject)] for s in components(name)}
+    for spec in specs(name):
+        owner = spec.runner if isinstance(spec, (AdapterSpec, FusedSpec)) else spec.name
+        if not written(name, spec) or missing[owner]:
+            continue
+        for target in spec.targets:
+            module, _, attribute = target.partition(":")
+            assert callable(getattr(importlib.import_module(module), attribute)), target
+
+
+@each_plugin
+def test_the_maturity_page_says_what_the_specs_say(name: str) -> None:
+    lines = (ROOT / "docs" / "maturity.md").read_text(encoding="utf-8").splitlines()
+    columns = ("x86_64", "sm_90", "sm_100", "gfx942", "gfx950")
+    for spec in components(name):
+        row = next((line for line in lines if line.startswith(f"| {spec.subject.replace(':', ' `')}` |")), None)
+        assert (row is not None) == written(name, spec), f"{spec.subject}: written, and no row, or the other way round"
+        if row is not None:
+            cells = [cell.strip() for cell in row.strip("|").split("|")[1:]]
+            for column, cell in zip(columns, cells, strict=True):
+                assert cell == "-" or cell == spec.maturity.get(column, Maturity.UNTESTED).value, (spec.name, column)
 
 
 @pytest.mark.parametrize("situation", ["absent", "bare folder", "impostor"])
@@ -323,6 +351,21 @@ def test_cutedsl() -> None:
 )
 def test_aiter(changes: dict[str, Any], expected: set[str]) -> None:
     assert codes("aiter", "aiter", "mi300x", config=replace(LAYER, **changes)) == expected
+
+
+def test_all_of_triton_is_written() -> None:
+    assert {spec.name for spec in components("triton")} == {"triton", "triton_interpreter"}
+    assert [spec for spec in specs("triton") if not written("triton", spec)] == []
+
+
+def test_the_interpreter_of_triton_serves_only_where_it_is_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = replace(LAYER, dtype="float32")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert codes("triton", "triton_interpreter", "cpu", config=layer) == {"device.type"}
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert codes("triton", "triton_interpreter", "cpu", config=layer) == set()
+    assert codes("triton", "triton_interpreter", "cpu") == {"dtype"}  # numpy has no bfloat16
+    assert codes("triton", "triton_interpreter", "h200", config=layer) == {"device.type"}
 
 
 def test_triton_runs_fp8_only_where_the_hardware_has_it() -> None:

@@ -73,8 +73,7 @@ def ask(
         ParallelConfig(ep_size=ep, tokens=tokens),
         hardware,
         registry=installed(plugins),
-        assume=("dependencies", "targets"),
-        **{"max_tokens": 128, "settings": Settings(), **changes},
+        **{"max_tokens": 128, "settings": Settings(), "assume": ("dependencies", "targets"), **changes},
     )
 
 
@@ -175,6 +174,17 @@ def test_an_all_to_all_refuses_replicated_tokens_and_one_rank_has_none_to_tell_a
     assert carriers
     assert all("parallel.tokens" in codes[name] for name in carriers)
     assert chosen(hardware, tokens="sharded") == chosen(hardware)
+
+
+@pytest.mark.parametrize("hardware", [name for name in PROFILES if name != "cpu"])
+def test_what_is_only_announced_is_not_chosen(hardware: str) -> None:
+    """Of the plugins of this repository, Triton's is written: without `assume="targets"` it wins on every GPU."""
+    found = ask(hardware, assume=("dependencies",))
+    assert found.require().id == "standard+triton/fused"
+    codes = {v.spec.name: {r.code for r in v.reasons} for v in found.verdicts}
+    unwritten = {name for name, verdict in codes.items() if "target.missing" in verdict}
+    assert {"aiter", "flashinfer_trtllm", "cutedsl", "deepep", "mori"} <= unwritten
+    assert unwritten.isdisjoint({"triton", "triton_interpreter", "standard", "reference", "cpu"})
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from moe_core_triton.configs import device as devices
-from moe_core_triton.configs.candidates import blocks, candidates, gemm_candidates, gemms, why_not
+from moe_core_triton.configs.candidates import blocks, candidates, gemm_candidates, gemms, specialized, why_not
 from moe_core_triton.configs.config import GemmConfig, LayerConfig, Problem
 
 from moe_core.errors import ConfigError
@@ -43,7 +43,14 @@ def rules(problem: Problem, config: LayerConfig, device: devices.Device, tokens:
         assert config.block_m == 1
         assert tokens * problem.top_k <= 64
         assert not any((config.up.swap, config.up.tma, config.down.swap, config.down.tma))
+    words = problem.scheme == "mxfp4_w4a16" and problem.dtype == "bfloat16" and device.arch.startswith("sm_")
+    assert not (words and config.path == "tiny")
     for part, gemm in (("up", config.up), ("down", config.down)):
+        if gemm.specialized:
+            assert device.arch == "sm_90"
+            assert config.block_m == 128
+            assert gemm == specialized(problem, gemm.group_m)
+            continue
         gated = part == "up" and problem.gated
         rows = gemm.block_n // 2 if gated else gemm.block_n
         if gated:
@@ -53,7 +60,7 @@ def rules(problem: Problem, config: LayerConfig, device: devices.Device, tokens:
             assert 128 % rows == 0 or (rows == 256 and not gated and problem.matrix(part)[0] % 256 == 0)
             assert gemm.block_k % 128 == 0
         if problem.scheme in ("int4_w4a16", "mxfp4_w4a16"):
-            assert gemm.swap is (config.path == "tiles")
+            assert gemm.swap is ((gemm.num_warps < 4) if words else config.path == "tiles")
             assert gemm.block_k % 64 == 0
         if gemm.tma:
             assert device.arch in ("sm_90", "sm_100")
@@ -68,6 +75,7 @@ def rules(problem: Problem, config: LayerConfig, device: devices.Device, tokens:
         assert (gemm.block_n if gemm.swap else config.block_m) >= (64 if wide and gemm.num_warps >= 4 else 16)
         assert not (packed and gemm.num_warps < 4) or gemm.block_n * gemm.block_k / 4 <= 64 * lanes * gemm.num_warps
         assert config.block_m >= (8 if wide else 16)
+        assert not gemm.swap or config.block_m <= 64
         stages = max(1, gemm.num_stages - 1) if lanes == 64 else gemm.num_stages
         assert (config.block_m * token + gemm.block_n * weight) * gemm.block_k * stages <= device.shared_bytes
         levels = 2 if problem.scheme in ("fp8_block128", "int4_w4a16", "mxfp4_w4a16") else 1
@@ -128,8 +136,13 @@ GEMM = GemmConfig(64, 64, 4, 3, True, True)
         ({}, {"block_n": 32}, "64 rows"),
         ({"block_m": 32}, {"swap": False}, "64 rows"),
         ({"path": "tiny", "block_m": 1}, {"block_n": 8, "num_stages": 1, "tma": False}, "no tensor cores"),
-        ({"block_m": 128}, {"block_n": 256, "num_warps": 4}, "accumulators"),
-        ({"block_m": 128}, {"block_n": 256, "num_warps": 8, "block_k": 256, "num_stages": 2}, "shared memory"),
+        ({"block_m": 128}, {"block_n": 256, "num_warps": 4, "swap": False}, "accumulators"),
+        (
+            {"block_m": 128},
+            {"block_n": 256, "num_warps": 8, "block_k": 256, "num_stages": 2, "swap": False},
+            "shared memory",
+        ),
+        ({"block_m": 128}, {"block_n": 64}, "rows' side"),
     ],
 )
 def test_what_is_not_legal_has_a_reason(layer, up, reason):
@@ -158,12 +171,18 @@ def test_packed_weights_may_have_the_instruction_of_one_warp():
     assert why_not(packed, LayerConfig("tiles", 16, replace(two, block_n=32), two), H200) is None
     assert "num_warps" in (why_not(QWEN, LayerConfig("tiles", 16, two, two), H200) or "")
     four = replace(two, block_n=32, num_warps=4)
-    assert "64 rows" in (why_not(packed, LayerConfig("tiles", 16, four, two), H200) or "")
+    assert "words of four bytes" in (why_not(packed, LayerConfig("tiles", 16, four, two), H200) or "")
+    assert "words of four bytes" in (
+        why_not(packed, LayerConfig("tiles", 64, replace(two, swap=False), two), H200) or ""
+    )
+    halves = replace(packed, dtype="float16")
+    short = replace(four, block_k=64)
+    assert "64 rows" in (why_not(halves, LayerConfig("tiles", 16, short, replace(two, block_k=64)), H200) or "")
     large = replace(two, block_n=256, num_warps=1)
     assert "unpacked" in (why_not(packed, LayerConfig("tiles", 8, large, two), H200) or "")
     for part in ("up", "down"):
         found = gemm_candidates(packed, part, 16, 64, H200, 8)
-        assert 3 <= sum(g.num_warps < 4 for g in found)
+        assert sum(g.num_warps < 4 for g in found) >= 3
         assert (64, 128, 2) in {(g.block_n, g.block_k, g.num_warps) for g in found}
 
 

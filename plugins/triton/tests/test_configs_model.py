@@ -42,7 +42,7 @@ def test_expectations_are_those_of_a_simulation(experts, top_k, tokens):
     [(16, 16, 43), (16, 64, 300), (64, 64, 47), (64, 128, 100), (256, 64, 12), (256, 128, 24), (1024, 64, 3)],
 )
 def test_padding_is_that_of_the_literature(mean, block_m, percent):
-    # shared/reference/hopper_techniques.md: E128 k8, exact binomial.
+    # E128 k8, exact binomial.
     assert 100 * padding(128, 8, mean * 16, block_m) == pytest.approx(percent, abs=1.5)
 
 
@@ -68,7 +68,7 @@ ROWS = [
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.problem.key}-{row.tokens}-{row.part}")
 def test_a_decode_gemm_takes_what_was_measured(row):
-    # shared/reference/perf_h200.md, "What a decode GEMM in Triton 3.6 was seen to reach"
+    # What a decode GEMM in Triton 3.6 was seen to reach on an H200
     assert model.estimate(row, H200) == pytest.approx(row.us, rel=0.08)
 
 

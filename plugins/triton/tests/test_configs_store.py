@@ -71,14 +71,14 @@ def test_the_order_of_the_files(write):
 
 
 def test_between_token_counts_the_nearer_one_counts(write):
-    user = write("user.json", (1, tiny()), (8, tiles(8)), (64, tiles(16)), (4096, tiles(128)))
+    user = write("user.json", (1, tiny()), (8, tiles(8)), (64, tiles(16)), (4096, tiles(64)))
     configs = make(user=user)
     assert [configs(t) for t in (1, 2, 4, 12, 20, 24, 48, 100, 200)] == [
         tiny(), tiny(), tiles(8), tiles(8), tiles(16), tiles(16), tiles(16), tiles(16), tiles(16),
     ]  # fmt: skip
     assert configs.choose(512).source == "model"  # too far from both
-    assert configs(1025) == tiles(128)
-    assert configs(10**6) == tiles(128)  # more tokens of an expert than that change nothing
+    assert configs(1025) == tiles(64)
+    assert configs(10**6) == tiles(64)  # more tokens of an expert than that change nothing
     assert configs(0) == tiny()
     assert configs(5) is configs(6)
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from moe_core_triton.configs import model, tuning
-from moe_core_triton.configs.candidates import candidates, why_not
-from moe_core_triton.configs.config import LayerConfig, Problem
+from moe_core_triton.configs import model
+from moe_core_triton.configs.candidates import candidates, gemm_moves, why_not
+from moe_core_triton.configs.config import GemmConfig, LayerConfig, Problem
 from moe_core_triton.configs.device import GENERIC, known
 from moe_core_triton.configs.files import SHIPPED, Store
-from moe_core_triton.configs.store import Choice, Configs
-from moe_core_triton.configs.tuning import moves, run_job, tune_all, tune_one
+from moe_core_triton.configs.store import Configs
+from moe_core_triton.configs.tuning import PARTS, Variant, run_job, shipped_for, single, tune_all
 
 import moe_core
 from moe_core.vocabulary import STANDARD
@@ -23,106 +24,142 @@ from moe_core.vocabulary import STANDARD
 H200, QWEN = known("NVIDIA H200"), Problem(128, 8, 2048, 768)
 
 
-class Clock:
-    """Every measurement takes two seconds."""
+class Costs:
+    """A bench whose every measurement takes two seconds, and compiling none."""
 
-    def __init__(self) -> None:
-        self.now, self.calls = 0.0, 0
+    def __init__(self, problem=QWEN, device=H200, fails=lambda variant: False, noise=None, quirky=True) -> None:
+        self.now, self.calls, self.batches, self.seen = 0.0, 0, [], []
+        self.problem, self.device, self.fails, self.noise, self.quirky = problem, device, fails, noise, quirky
 
     def __call__(self) -> float:
         return self.now
 
-    def timed(self, cost):
-        def time_config(*arguments):
-            self.now, self.calls = self.now + 2.0, self.calls + 1
-            return cost(*arguments)
+    def compile(self, wanted, seconds):
+        self.batches.append((list(wanted), seconds))
+        return set(wanted)
 
-        return time_config
+    def time(self, tokens, variant, enough):
+        self.now, self.calls = self.now + 2.0, self.calls + 1
+        self.seen.append((tokens, variant))
+        if self.fails(variant):
+            return None
+        return self.noise() if self.noise else self.cost(tokens, variant)
+
+    def cost(self, tokens, variant):
+        """The model's, on a device that likes what the model does not know of."""
+        config, total = variant.config, 0.0
+        block_m = 1 if config.path == "tiny" else config.block_m
+        for part in PARTS if variant.part == "layer" else (variant.part,):
+            gemm = getattr(config, part)
+            us = 1e6 * model.gemm_seconds(self.problem, part, gemm, block_m, tokens, self.device)
+            if self.quirky:
+                us *= {2: 1.3, 3: 1.1, 4: 1.0, 5: 1.15}.get(gemm.num_stages, 1.2)
+                us *= {64: 1.0, 128: 0.85, 256: 1.2}.get(gemm.block_k, 1.1)
+            total += us
+        if variant.part == "layer":
+            total += 1e6 * model.overhead_seconds(self.problem, config.path, tokens, self.device)
+        return total
 
 
-def quirky(tokens):
-    """The model's cost, on a device that likes what the model does not know of."""
-
-    def cost(config: LayerConfig) -> float:
-        us = 1e6 * model.seconds(QWEN, config, tokens, H200)
-        for gemm in (config.up, config.down):
-            us *= {2: 1.3, 3: 1.1, 4: 1.0, 5: 1.15}.get(gemm.num_stages, 1.2)
-            us *= {64: 1.0, 128: 0.85, 256: 1.2}.get(gemm.block_k, 1.1)
-        return us
-
-    return cost
+def configs() -> Configs:
+    return Configs(QWEN, H200, shipped=None, triton="3.6")
 
 
-def default(tokens: int) -> Choice:
-    return Choice(candidates(QWEN, tokens, H200)[0], "model")
+def run(bench, tokens=(64,), budget=400.0, **more):
+    return tune_all(configs(), tokens, bench, budget_s=budget, clock=bench, **more)
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 4096])
 def test_it_finds_what_the_model_does_not_know(tokens):
-    clock, cost = Clock(), quirky(tokens)
-    found = tune_one(QWEN, tokens, H200, clock.timed(cost), budget_s=400, default=default(tokens), clock=clock)
-    assert found.us == pytest.approx(cost(found.config))
-    assert found.default_us == pytest.approx(cost(found.default.config))
-    assert found.us <= min(cost(c) for c in candidates(QWEN, tokens, H200))
-    for step in moves(found.config):
-        if why_not(QWEN, step, H200, tokens) is None:
-            assert cost(step) > 0.98 * found.us
-    assert clock.now <= 402
-    assert found.tried < clock.calls
+    bench = Costs()
+    (found,) = run(bench, (tokens,), 1000.0)
+    assert found.us == pytest.approx(bench.cost(tokens, Variant("layer", found.config)))
+    assert found.default_us == pytest.approx(bench.cost(tokens, Variant("layer", found.default.config)))
+    best = min(bench.cost(tokens, Variant("layer", c)) for c in candidates(QWEN, tokens, H200, 50))
+    assert found.us <= 1.01 * best
+    assert why_not(QWEN, found.config, H200, tokens) is None
+    assert bench.now <= 1002
+    assert found.tried < bench.calls
+    assert len(bench.batches) > 1
 
 
 def test_the_budget_is_kept_and_the_default_comes_first():
-    clock, told = Clock(), []
-    found = tune_one(
-        QWEN, 64, H200, clock.timed(quirky(64)), budget_s=6, default=default(64), clock=clock, progress=told.append
-    )
-    assert clock.now <= 8
+    bench, told = Costs(), []
+    (found,) = run(bench, budget=6.0, progress=told.append)
+    assert bench.now <= 8
     assert found.tried <= 4
+    assert bench.seen[0] == (64, Variant("layer", configs().default(64).config))
     assert found.default_us is not None
     assert found.us <= found.default_us
-    assert tune_one(QWEN, 64, H200, quirky(64), budget_s=0, default=default(64), clock=clock) is None
+    assert told[0].startswith("64 tokens: ")
+    assert run(Costs(), budget=0.0) == []
 
 
 def test_what_fails_is_left_out():
-    clock, cost = Clock(), quirky(64)
-    first = default(64).config
-    found = tune_one(
-        QWEN, 64, H200, clock.timed(lambda c: None if c == first or c.up.tma else cost(c)), budget_s=200,
-        default=default(64), clock=clock,
-    )  # fmt: skip
+    default = configs().default(64).config
+    bench = Costs(fails=lambda v: v == Variant("layer", default) or v.config.up.tma or v.config.down.tma)
+    (found,) = run(bench)
     assert found.default_us is None
     assert not found.config.up.tma
-    assert tune_one(QWEN, 64, H200, clock.timed(lambda c: None), budget_s=100, default=default(64), clock=clock) is None
+    assert not found.config.down.tma
+    assert run(Costs(fails=lambda v: True)) == []
+
+
+def test_what_is_not_compiled_is_not_timed():
+    bench = Costs()
+    bench.compile = lambda wanted, seconds: {item for item in wanted if item[1].config.up.num_warps == 4}
+    run(bench)
+    assert bench.seen
+    pairs = [v for _, v in bench.seen if v.part != "layer"]
+    assert all(v.config.up.num_warps == 4 for v in pairs)
 
 
 def test_noise_does_not_change_the_default():
-    clock, noise = Clock(), random.Random(0)
-    found = tune_one(
-        QWEN, 64, H200, clock.timed(lambda c: 100 * noise.uniform(0.998, 1.002)), budget_s=300, default=default(64),
-        clock=clock,
-    )  # fmt: skip
-    assert found.config == default(64).config
+    noise = random.Random(0)
+    (found,) = run(Costs(noise=lambda: 100 * noise.uniform(0.998, 1.002)), budget=300)
+    assert found.config == configs().default(64).config
 
 
-def test_token_counts_share_the_budget_and_learn_from_each_other():
-    clock, seen, kept = Clock(), [], []
-    configs = Configs(QWEN, H200, shipped=None, triton="3.6")
-
-    def cost(tokens, config):
-        seen.append((tokens, config))
-        return quirky(tokens)(config)
-
-    outcomes = tune_all(
-        configs, (64, 96), clock.timed(cost), budget_s=200, found=kept.append, clock=clock, progress=lambda text: None
-    )
+def test_one_batch_for_all_token_counts_which_learn_from_each_other():
+    bench, kept = Costs(), []
+    outcomes = run(bench, (64, 96), 2000.0, found=kept.append)
     assert [o.tokens for o in outcomes] == [64, 96]
-    assert kept == outcomes
-    assert (96, outcomes[0].config) in seen
-    assert clock.now <= 204
-    assert tune_all(configs, (64, 96), clock.timed(cost), budget_s=0, clock=clock) == []
-    half = clock.timed(lambda tokens, config: cost(tokens, config) if tokens == 64 else None)
-    ended = tune_all(configs, (64, 96), half, budget_s=30, clock=clock)
-    assert [o.tokens for o in ended] == [64]
+    assert {o.tokens for o in kept[:2]} == {64, 96}
+    assert kept[-2:] == outcomes
+    first, seconds = bench.batches[0]
+    assert {tokens for tokens, _ in first} == {64, 96}
+    assert seconds == pytest.approx(0.6 * 0.9 * 2000)
+    assert [tokens for tokens, _ in first[:2]] == [64, 96]
+    assert bench.now <= 2004
+    half = Costs(fails=lambda v: False)
+    half.time = lambda tokens, variant, enough: None if tokens == 96 else Costs.time(half, tokens, variant, enough)
+    assert [o.tokens for o in run(half, (64, 96), 200.0)] == [64]
+
+
+def test_what_is_given_is_tried():
+    gemm = GemmConfig(64, 64, 4, 2, True, False)
+    given = LayerConfig("tiles", 32, gemm, gemm)
+    bench = Costs()
+    run(bench, starts=lambda tokens: [given])
+    assert bench.seen[1] == (64, Variant("layer", given))
+    assert (64, single("up", 32, gemm)) in bench.seen
+
+
+def test_the_tiny_path_is_searched_where_it_is_legal():
+    bench = Costs()
+    (found,) = run(bench, (1,))
+    assert found.config.path == "tiny"
+    assert not any(v.config.path == "tiny" for _, v in (lambda b: (run(b), b.seen)[1])(Costs()))
+    assert {v.config.path for _, v in bench.seen} == {"tiny", "tiles"}
+
+
+def test_moves_change_one_thing():
+    gemm = GemmConfig(64, 64, 4, 3, True, True)
+    moves = list(gemm_moves(gemm))
+    assert replace(gemm, num_warps=2) in moves
+    assert replace(gemm, block_n=32, num_warps=2) in moves
+    assert replace(gemm, swap=False) in moves
+    assert replace(gemm, tma=False) in moves
 
 
 def job(store: Path, **changes) -> SimpleNamespace:
@@ -139,28 +176,41 @@ def job(store: Path, **changes) -> SimpleNamespace:
     return SimpleNamespace(**values | changes)
 
 
+class Plain:
+    """Whatever the configuration, a call takes so long."""
+
+    def __init__(self, us) -> None:
+        self._us = us
+
+    def compile(self, wanted, seconds):
+        return set(wanted)
+
+    def time(self, tokens, variant, enough):
+        return self._us(tokens, variant.config)
+
+
 def test_a_job_of_the_core(tmp_path):
     path = tmp_path / "triton.json"
-    rows = run_job(job(path), lambda tokens, config: tokens * 10.0 + config.block_m)
+    rows = run_job(job(path), Plain(lambda tokens, config: tokens * 10.0 + config.block_m), shipped=None)
     assert [(row.tokens, row.tuned_us) for row in rows] == [(1, 11.0), (64, 656.0)]
     assert all(row.default_us >= row.tuned_us and row.source == "model" for row in rows)
     (section,) = Store.read(path).sections.items()
     assert section[0].device == GENERIC.name
     # 64 tokens of a call of which half is here.
     assert sorted(section[1]["E4k2H64I32-gated-float32-bf16"]) == [1, 32]
+    # What the store says is tried again, and is no default.
+    again = run_job(job(path), Plain(lambda tokens, config: 5.0), shipped=None)
+    assert [row.source for row in again] == ["model", "model"]
 
 
-def test_shipped_files_say_what_the_model_alone_would_do(tmp_path, monkeypatch):
-    asked = []
-    made = Configs(QWEN, H200, shipped=None)
-    monkeypatch.setattr(tuning, "of", lambda binding, shipped: asked.append(shipped) or made)
-    run_job(job(SHIPPED / "x.json", tokens=()), lambda tokens, config: None)
-    run_job(job(tmp_path / "x.json", tokens=()), lambda tokens, config: None)
-    assert asked == [None, SHIPPED]
+def test_shipped_files_say_what_the_model_alone_would_do(tmp_path):
+    assert shipped_for(SHIPPED / "x.json") is None
+    assert shipped_for(tmp_path / "x.json") == SHIPPED
 
 
 def test_a_default_that_failed_is_no_number(tmp_path):
     first = Configs(Problem(4, 2, 64, 32, dtype="float32"), GENERIC, shipped=None, all_experts=8).default(1).config
-    (row,) = run_job(job(tmp_path / "x.json", tokens=(1,)), lambda tokens, config: None if config == first else 5.0)
+    bench = Plain(lambda tokens, config: None if config == first else 5.0)
+    (row,) = run_job(job(tmp_path / "x.json", tokens=(1,)), bench, shipped=None)
     assert math.isnan(row.default_us)
     assert row.tuned_us == 5.0

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from moe_core.config import MoeConfig
 from moe_core.errors import ContractViolation
 from moe_core.formats import (
@@ -17,8 +19,6 @@ from moe_core.formats import (
 )
 from moe_core.protocols import Binding, RunningState
 from moe_core.vocabulary import IdSpace, Step
-from torch import Tensor
-
 from moe_core_triton.calls import Call, ExpertRows
 from moe_core_triton.sequence import LayerSequence
 from moe_core_triton.weights import TritonWeights

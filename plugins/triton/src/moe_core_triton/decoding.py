@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
-from moe_core.protocols import RunningState
 from torch import Tensor
 
+from moe_core.protocols import RunningState
 from moe_core_triton.calls import Call, ExpertRows
 from moe_core_triton.configs.config import GemmConfig
 from moe_core_triton.kernels.decode import decode_down, decode_up

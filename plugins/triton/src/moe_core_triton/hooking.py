@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from moe_core.protocols import HookRows
 from torch import Tensor
 
+from moe_core.protocols import HookRows
 from moe_core_triton.calls import ExpertRows
 from moe_core_triton.inputs import live_positions, position_experts
 from moe_core_triton.row_table import RowTable

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from moe_core.protocols import Binding
-
 from moe_core_triton.configs.config import LayerConfig
 from moe_core_triton.configs.store import bound
 

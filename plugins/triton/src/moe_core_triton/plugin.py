@@ -28,6 +28,7 @@ RUNNER = RunnerSpec(
     factory="moe_core_triton.runner:TritonRunner",
     prepare="moe_core_triton.weights:prepare",
     update="moe_core_triton.weights:update",
+    router="moe_core_triton.routing:router",
     tune="moe_core_triton.tune:tune",
     layouts=frozenset({"rows"}),
     support=Support(
@@ -96,7 +97,7 @@ _EXPERT_MAJOR = Wants(
     # One row a slot: the sum over slots needs the tokens' order, which only the dispatcher knows.
     can=frozenset({Step.ROUTER_WEIGHT, Step.ROUTED_SCALING}),
 )
-_WANTS = {STANDARD: _STANDARD, BATCHED: _EXPERT_MAJOR, GROUPED: _EXPERT_MAJOR}
+_WANTS: dict[str, Wants | tuple[Wants, ...]] = {STANDARD: _STANDARD, BATCHED: _EXPERT_MAJOR, GROUPED: _EXPERT_MAJOR}
 _RUNNERS = (RUNNER, INTERPRETER)
 
 ADAPTERS = tuple(

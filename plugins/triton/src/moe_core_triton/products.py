@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
-from moe_core.config import Activation
 from torch import Tensor
 
+from moe_core.config import Activation
+from moe_core_triton import hopper
 from moe_core_triton.configs.config import GemmConfig
 from moe_core_triton.kernels.gemm import grouped_gemm
 from moe_core_triton.kernels.launching import dependent_launch, is_hopper_or_newer, processors
@@ -46,6 +47,12 @@ class Epilogue:
     scale: Tensor | None = None
 
 
+def plain(config: GemmConfig, w: Projection) -> GemmConfig:
+    """The ordinary kernel in the place of the specialized one, for a product that this one cannot compute."""
+    block_n = 128 if w.weight_scale == "block" else config.block_n
+    return replace(config, block_n=block_n, num_warps=8, num_stages=3, specialized=False)
+
+
 def uniform_scales(w: Projection, block_n: int) -> int:
     """How many scales of 128 x 128 blocks a tile of `block_n` weight rows meets: 1, 2, or 0 for one a row."""
     per_part = block_n // w.parts
@@ -64,6 +71,11 @@ def grouped_product(
     out: [positions or slots, n], or [.., 2 n] for a gated product without activation; rows contiguous. prefetch: bring
     the weights to L2 before the inputs are ready; only where `table` is at least two kernels old.
     """
+    if config.specialized:
+        if hopper.takes(rows, w, table, epilogue, out):
+            hopper.launch(rows, w, table, out, epilogue, config)
+            return
+        config = plain(config, w)
     activation = epilogue.activation
     block_k = w.pack_width or config.block_k
     width = block_k // 2 if w.pack else block_k
@@ -71,6 +83,8 @@ def grouped_product(
     tma = config.tma and is_hopper_or_newer(out.device)
     source = w.descriptor(per_part, width) if tma else None
     tma = source is not None
+    if w.pack == "mxfp4_words" and config.swap != (config.num_warps < 4):
+        raise ValueError(f"the configuration {config.text} cannot read weights in words: see configs.candidates")
     tiles_n = triton.cdiv(w.n, per_part)
     grid = table.tiles * tiles_n
     if config.persistent:
@@ -129,7 +143,7 @@ def grouped_product(
         NATIVE=is_hopper_or_newer(out.device),
         PERSISTENT=config.persistent,
         TILES_POW2=triton.next_power_of_2(table.tiles) if config.persistent else 1,
-        PREFETCH=prefetch and launch["PDL"],
+        PREFETCH=2 * processors(out.device) if prefetch and launch["PDL"] else 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **launch,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from moe_core.protocols import Binding, RunningState
-
 from moe_core_triton.calls import Call
 from moe_core_triton.weights import TritonWeights
 

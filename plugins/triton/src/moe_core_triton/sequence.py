@@ -6,11 +6,13 @@ the top-k slots. A handful of tokens takes the two kernels of `kernels.decode` i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from moe_core.protocols import Binding, RunnerHooks, RunningState
-from moe_core.vocabulary import STANDARD, Step
 from torch import Tensor
 
+from moe_core.protocols import Binding, RunnerHooks, RunningState
+from moe_core.vocabulary import STANDARD, Step
 from moe_core_triton.calls import Call, ExpertRows
 from moe_core_triton.decoding import decode_layer, decodes
 from moe_core_triton.hooking import call_hook
@@ -101,11 +103,11 @@ class LayerSequence:
         return torch.empty(shape, dtype=self.dtype, device=rows.data.device)
 
     def _up(self, call: Call, weights: TritonWeights, hooks: RunnerHooks) -> Rows:
-        """GEMM1 and the activation; the result quantized for GEMM2, in the same kernel where a tile holds what it takes."""
+        """GEMM1 and the activation; quantized for GEMM2 in the same kernel where a tile holds what that takes."""
         w, table, config = weights.up, call.table, call.config.up
         weighing = "in" if self.weigh_input and not call.weighed_input else ""
         flat = None if call.rows.weights is None else call.rows.weights.reshape(-1)
-        epilogue = {"weigh": weighing, "weights": flat if weighing else None}
+        epilogue: dict[str, Any] = {"weigh": weighing, "weights": flat if weighing else None}
         if hooks.after_gate_up is not None:
             gate_up = self._rows(table.positions, w.parts * w.n, call)
             grouped_product(call.x, w, table, gate_up, Epilogue(**epilogue), config, prefetch=False)

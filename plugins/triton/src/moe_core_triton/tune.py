@@ -155,7 +155,7 @@ class LayerBench:
             found, used = list[tuple[ExpertRows, RunningState]](), set[int]()
             up, down, experts = self._weights.up.data, self._weights.down.data, max(self._layer.experts, 1)
             an_expert = (up.nbytes + down.nbytes) / experts
-            least = 1 if tokens > MANY_TOKENS else 2
+            least = 1 if tokens > MANY_TOKENS or not self._cuda else 2
             while len(found) < (MOST_SETS if self._cuda else least):
                 state = RunningState()
                 rows = self._read(self._job.plan.dispatch(*self._job.inputs(tokens, len(found)), state))

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from moe_core.errors import WeightError
 from moe_core.protocols import Binding
 from moe_core.weights import CanonicalWeights
-from torch import Tensor
-
 from moe_core_triton.kernels.launching import is_nvidia
-from moe_core_triton.packing import halves, pad_groups, pack_width
+from moe_core_triton.packing import halves, pack_width, pad_groups
 
 LAYOUT = "rows"
 
@@ -117,7 +117,9 @@ def prepare(weights: CanonicalWeights, binding: Binding) -> TritonWeights:
 
 def update(quant_info: TritonWeights, weights: CanonicalWeights, binding: Binding) -> None:
     """New values into the same memory."""
-    fresh_pair = [_projection(weights, name, 1 if name == "w2" else quant_info.up.parts, binding) for name in ("w13", "w2")]
+    fresh_pair = [
+        _projection(weights, name, 1 if name == "w2" else quant_info.up.parts, binding) for name in ("w13", "w2")
+    ]
     for held, fresh in zip((quant_info.up, quant_info.down), fresh_pair, strict=True):
         if held.one_input_scale and not fresh.one_input_scale:
             raise WeightError(

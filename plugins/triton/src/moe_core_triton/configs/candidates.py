@@ -37,6 +37,16 @@ MOST_TINY_WEIGHTS: Final = {"up": 64, "down": 32}
 MOST_UNPACKED: Final = 64
 
 
+#: Beyond, a tile with the weights on the rows' side was never the fastest; and with 128 tokens and 8-bit operands its
+#: results were seen to change from run to run (Triton 3.6, sm_90).
+MOST_SWAPPED: Final = 64
+
+
+def words(problem: Problem, device: Device) -> bool:
+    """Whether four-bit weights are kept as the words of `packing`: see `weights.prepare`."""
+    return problem.scheme == "mxfp4_w4a16" and problem.dtype == "bfloat16" and device.arch.startswith("sm_")
+
+
 def why_not(problem: Problem, config: LayerConfig, device: Device, tokens: int | None = None) -> str | None:
     """What speaks against running `problem` so (in a call of `tokens`, where they are given), or None."""
     if config.path not in PATHS:
@@ -57,7 +67,11 @@ def why_not(problem: Problem, config: LayerConfig, device: Device, tokens: int |
 
 def gemm_why_not(problem: Problem, part: str, gemm: GemmConfig, block_m: int, device: Device) -> str | None:
     """What speaks against one GEMM; block_m = 1 is the tiny path."""
+    if gemm.specialized:
+        return _specialized_why_not(problem, gemm, block_m, device)
     tiny, traits = block_m == 1, problem.traits
+    if tiny and words(problem, device):
+        return "the tiny path does not read words of four-bit weights"
     n, k = problem.matrix(part)
     gated = part == "up" and problem.gated
     lists = {
@@ -98,13 +112,37 @@ def gemm_why_not(problem: Problem, part: str, gemm: GemmConfig, block_m: int, de
     return _tiles_why_not(problem, gemm, block_m, device, held)
 
 
+def specialized(problem: Problem, group_m: int = 8) -> GemmConfig:
+    """The one shape of the warp-specialized kernels (see `hopper`): 128 x 256 tiles in four slots."""
+    block_k = 128 if problem.scheme == "fp8_block128" else 64
+    return GemmConfig(256, block_k, 4, 4, False, True, group_m, specialized=True)
+
+
+def _specialized_why_not(problem: Problem, gemm: GemmConfig, block_m: int, device: Device) -> str | None:
+    if device.arch != "sm_90":
+        return f"the warp-specialized kernels are for sm_90, this is {device.arch}"
+    if problem.scheme not in ("bf16", "fp8_block128") or problem.dtype == "float32" or not problem.gated:
+        return "the warp-specialized kernels are for gated 16-bit and fp8_block128 layers"
+    if block_m != 128 or gemm != specialized(problem, gemm.group_m):
+        return "the warp-specialized kernels have one tile"
+    if problem.scheme == "fp8_block128" and (problem.hidden % 128 or problem.intermediate % 128):
+        return "the warp-specialized fp8 kernel wants whole blocks of 128"
+    return None
+
+
 def _warps(problem: Problem) -> tuple[int, ...]:
     return PACKED_WARPS if problem.traits.swap_only else WARPS
 
 
 def _tiles_why_not(problem: Problem, gemm: GemmConfig, block_m: int, device: Device, held: float) -> str | None:
     least = 64 if model.warp_groups(gemm, device) else 16
-    if problem.traits.swap_only and not gemm.swap:
+    if gemm.swap and block_m > MOST_SWAPPED:
+        return f"weights go on the rows' side up to {MOST_SWAPPED} tokens a tile"
+    if words(problem, device):
+        # Four neighboring bytes have to meet in a thread: so they do for mma.sync, and on the way to shared memory.
+        if gemm.swap != (gemm.num_warps < 4):
+            return "words of four bytes are read by one or two warps with swap, by more without"
+    elif problem.traits.swap_only and not gemm.swap:
         return "the weights are decoded in registers, on the rows' side"
     if (gemm.block_n if gemm.swap else block_m) < least:
         return f"the tensor-core instruction has {least} rows"
@@ -145,6 +183,10 @@ def gemms(problem: Problem, part: str, block_m: int, device: Device) -> Iterator
                 one = GemmConfig(block_n, block_k, warps, stage, swap, tma, group, persistent, split)
                 if gemm_why_not(problem, part, one, block_m, device) is None:
                     yield one
+    for group in (8, 16):
+        one = specialized(problem, group)
+        if gemm_why_not(problem, part, one, block_m, device) is None:
+            yield one
 
 
 @lru_cache(maxsize=256)
@@ -158,8 +200,7 @@ def _blocks(problem: Problem, tokens: int, call_tokens: int) -> list[int]:
     waste = {m: padding(problem.experts, problem.top_k, tokens, m) for m in BLOCK_M}
     least = min(waste.values())
     kept = [m for m in BLOCK_M if (waste[m] <= 4 * least + 3 or m <= 16) and m * 16 >= min(mean, 512)]
-    tiny = [1] if call_tokens * problem.top_k <= TINY_POSITIONS else []
-    return tiny + kept
+    return [1, *kept] if call_tokens * problem.top_k <= TINY_POSITIONS else kept
 
 
 @lru_cache(maxsize=2048)

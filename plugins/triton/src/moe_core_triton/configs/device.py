@@ -50,7 +50,7 @@ def _peaks(bf16: float, fp8: float = 0.0, int8: float = 0.0, tf32: float = 0.0) 
     return {name: 1e12 * value for name, value in given.items() if value}
 
 
-# H200: measured (shared/reference/perf_h200.md; copy 4.26 TB/s, bf16 805-791, fp8 1339-1507, int8 817 Top/s).
+# H200: measured (copy 4.26 TB/s, bf16 805-791, fp8 1339-1507, int8 817 Top/s).
 # The others: dense figures of the vendors' datasheets, times what the H200 was seen to reach of its own datasheet
 # (4.8 TB/s, 989 and 1979 Tflop/s): 0.90 of the bandwidth, 0.80 of bf16, 0.70 of 8 bits.
 #   NVIDIA H100 Tensor Core GPU Datasheet (SXM5): 3.35 TB/s, 989 / 1979; L2 50 MB, 227 KiB a block

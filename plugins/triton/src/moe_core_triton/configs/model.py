@@ -19,7 +19,7 @@ from moe_core_triton.configs.routing import active_experts, expected_tiles
 
 @dataclass(frozen=True, slots=True)
 class Constants:
-    """Seconds, where nothing else is said. Set by hand after shared/reference/perf_h200.md, unless fitted."""
+    """Seconds, where nothing else is said. Set by hand after measurements on an H200, unless fitted."""
 
     #: A kernel after another in a graph (1.0 us; 0.6 with programmatic dependent launch).
     launch: float = 0.8e-6
@@ -46,12 +46,16 @@ class Constants:
     vector: float = 2.2e11
     #: Vector operations a product of a level-two accumulator and step.
     promote: float = 2.5
+    #: The same with the weights on the rows' side, where the scales of the tokens lie across the accumulator.
+    turned: float = 2.5
     #: Unpacking weights for the instruction of four warps over that for the one of a single warp.
     unpack: float = 1.6
     #: Rate of the instruction of a single warp over that of four warps, where a device has both.
     single: float = 0.55
     #: Vector operations a multiply-add of the tiny path.
     tiny: float = 2.0
+    #: The warp-specialized kernels over the plain ones of their tile, with nothing for a second accumulation.
+    specialized: float = 1.05
     #: Sorting by expert (one kernel), and what every further 1000 positions cost.
     sort: float = 3.0e-6
     sort_more: float = 0.25e-6
@@ -132,6 +136,11 @@ def gemm_seconds(
     constants: Constants = CONSTANTS,
 ) -> float:
     """Estimated seconds of one GEMM ("up" or "down") of the layer; block_m = 1 is the tiny path."""
+    if gemm.specialized:
+        # As the plain kernel of the same tile whose second accumulation costs nothing: consumers take turns.
+        same = replace(gemm, specialized=False, num_warps=8, persistent=True)
+        alike = replace(problem, scheme="fp8_tensor") if problem.traits.two_level else problem
+        return constants.specialized * gemm_seconds(alike, part, same, block_m, tokens, device, constants)
     c, traits = constants, problem.traits
     n, k = problem.matrix(part)
     positions = tokens * min(problem.top_k, problem.experts)
@@ -178,7 +187,7 @@ def gemm_seconds(
         unpacking = traits.dequant * (c.unpack if traits.swap_only and warp_groups(gemm, device) else 1.0)
         vector = gemm.block_n * gemm.block_k * unpacking / c.vector
         if traits.two_level:
-            vector += block_m * gemm.block_n * c.promote / c.vector
+            vector += block_m * gemm.block_n * c.promote * (c.turned if gemm.swap else 1.0) / c.vector
     step = c.step * (0.8 if gemm.tma else 1.0) * (gemm.num_warps / 4) ** 0.5
     ahead = max(1, gemm.num_stages - 1) if not tiny else 1 + (gemm.num_stages > 1)
     wait = c.latency * (1.0 if gemm.tma else c.pointers)

@@ -18,7 +18,7 @@ from moe_core_triton.kernels.unpack import E2M1_WORDS_FACTOR
 
 
 @triton.jit
-def _prefetch(w_pointer, expert, rows, row_bytes, LINES: tl.constexpr):
+def _prefetch(w_pointer, rows, row_bytes, LINES: tl.constexpr):
     """Ask for a tile's weights to be brought into L2. They are constants: this may run before the inputs are ready."""
     base = w_pointer.to(tl.pointer_type(tl.int8)) + rows.to(tl.int64) * row_bytes
     for offset in tl.range(0, row_bytes, 128 * LINES):
@@ -79,7 +79,7 @@ def _tile(
     NATIVE: tl.constexpr,
 ):
     PER_PART: tl.constexpr = BLOCK_N // PARTS
-    rows, exists = weight_rows(n_block, n_part, BLOCK_N, PARTS)
+    rows, _ = weight_rows(n_block, n_part, BLOCK_N, PARTS)
     end = tl.load(ends + expert)
     at = position + tl.arange(0, BLOCK_M)
     live = at < end
@@ -220,14 +220,17 @@ def grouped_gemm(
     Grid: tiles * blocks of weight rows, or PERSISTENT programs that share the live tiles.
     """
     tiles_n = tl.cdiv(n_part, BLOCK_N // PARTS)
-    if PREFETCH:
-        # The table is two kernels old, and so already visible; the weights never change.
-        early, n_early = order(tl.program_id(0), tiles_n, tiles, GROUP_M)
-        early_expert = tl.load(tile_expert + early)
-        if early_expert >= 0:
-            early_rows, _ = weight_rows(n_early, n_part, BLOCK_N, PARTS)
-            row_bytes = k_stored * (w_pointer.dtype.element_ty.primitive_bitwidth // 8)
-            _prefetch(w_pointer, early_expert, early_expert.to(tl.int64) * (PARTS * n_part) + early_rows, row_bytes, 1)
+    if PREFETCH > 0:
+        # Programs that are here before their inputs: the table is two kernels old, and so already visible, and the
+        # weights never change. Later programs would ask for what they load the next moment.
+        if tl.program_id(0) < PREFETCH:
+            early, n_early = order(tl.program_id(0), tiles_n, tiles, GROUP_M)
+            early_expert = tl.load(tile_expert + early)
+            if early_expert >= 0:
+                early_rows, _ = weight_rows(n_early, n_part, BLOCK_N, PARTS)
+                row_bytes = k_stored * (w_pointer.dtype.element_ty.primitive_bitwidth // 8)
+                first = early_expert.to(tl.int64) * (PARTS * n_part)
+                _prefetch(w_pointer, first + early_rows, row_bytes, 1)
     wait_for_inputs(PDL)
     if PERSISTENT:
         index = tl.arange(0, TILES_POW2)

@@ -1,7 +1,7 @@
 """What the Hopper kernels of `hopper_gemm.py` (16 bits) and `hopper_fp8.py` share: order of tiles, ring, producers.
 
 Protocol of a slot: `full[s]` completes when both operands have landed (the bytes that TMA announced, and for gathered
-rows one arrival of each of the 128 gathering threads, which the hardware makes when that thread's copies are done);
+rows one arrival of each gathering thread, which the hardware makes when that thread's copies are done);
 `empty[s]` completes when both consumers have arrived, each after the wgmma that read the slot has finished. Everybody
 walks the same list of tiles in the same order and counts slots with the same counter `it`: slot it % stages, and the
 parity (it // stages) & 1 of its `full`; a producer waits for the parity before that one of `empty`, which a fresh
@@ -17,11 +17,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from moe_core.config import ACTIVATIONS, Activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class HopperConfig:
     group_m: int = 8
     lag: int = 0  # slots by which the second consumer starts behind the first, so that their epilogues do not coincide
     fence: bool = True  # order cp.async's writes before wgmma's reads by a proxy fence, as PTX asks
-    split: bool = False  # gathered rows: a warp of its own for the weights' TMA, so that the gatherers never wait for it
+    split: bool = False  # gather rows with two warps and fetch weights with a third, not both with the same four
 
     def lag_for(self, width: int) -> int:
         """The lag that a first operand of that many columns allows."""
@@ -121,7 +124,7 @@ def produce_gathered(ring, table, slots, x, x_stride, w_desc, span, TOP_K: gl.co
         expert, start, count = rows_of(m, table, BM)
         if ROWS:
             inside = rows < count
-            token = gl.load(slots + (start + rows), mask=inside, other=0) // TOP_K
+            token = gl.load(slots + (start + gl.where(inside, rows, 0))) // TOP_K
             source = x + token.to(gl.int64)[:, None] * x_stride + cols[None, :]
         gate_row = expert * (2 * inter) + n * (BN // 2)
         for k in range(0, K, BK):
@@ -200,3 +203,16 @@ def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(
         matrix, [rows, columns], gl.NVMMASharedLayout(min(128, columns * size), 8 * size, 2)
     )
+
+
+def fits(dtype: torch.dtype, hidden: int, inter: int, block_m: int, activation: Activation) -> bool:
+    """Whether the Hopper kernels compute a layer of that shape; the device (exactly sm_90) is the caller's to check.
+
+    dtype: of the operands: bfloat16 or float16 (`hopper_gemm`), float8_e4m3fn for fp8_block128 (`hopper_fp8`).
+    """
+    if not activation.gated or activation.name not in ACTIVATIONS or min(hidden, inter) <= 0:
+        return False
+    if dtype == torch.float8_e4m3fn:
+        return block_m == 128 and hidden % 128 == 0 and inter % 128 == 0
+    # TMA wants rows of a multiple of 16 bytes.
+    return dtype in (torch.bfloat16, torch.float16) and block_m in (128, 256) and hidden % 8 == 0 and inter % 8 == 0

@@ -7,14 +7,13 @@ every slot's product is a fresh accumulation that is scaled into the total ("pro
 A consumer's total is [64, 2 * 128], one product [64, 128]: 192 registers a thread. It takes the two halves of the
 columns (gate and up; or the left and right block of w2) one after the other, so each half has one weight scale, and
 while it promotes, the other consumer has the tensor cores: a product takes them 256 cycles, a promotion takes 64
-issue cycles of each scheduler. The scales of the next slot are loaded while this one is multiplied.
+issue cycles of each scheduler. A slot's scales are loaded by the consumer itself, while its first half is multiplied.
 
 The first GEMM's tile makes 128 columns of h, a whole group of its quantization: h and its scales are written here.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -48,11 +47,11 @@ DEFAULT = HopperConfig(block_n=2 * GROUP, block_k=GROUP, split=True)
 
 
 @gluon.jit
-def _multiply(ring, it, steps, x_scale, w_scale, w_scale_2, PART: gl.constexpr, STAGES: gl.constexpr,
+def _multiply(ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART: gl.constexpr, STAGES: gl.constexpr,
               LAG: gl.constexpr, FENCE: gl.constexpr):  # fmt: skip
     """The two halves of the columns of a consumer's half of a tile: [BM / 2, BN / 2] each, in float32, scaled.
 
-    x_scale: pointers [BM / 2] to the rows' first scales; w_scale, w_scale_2: those of the two halves of the columns.
+    x_row: offsets [BM / 2] of the rows' first scales; w_row, w_row_2: those of the two halves of the columns.
     """
     a_ring, b_ring, full, empty, lead = ring
     HALF: gl.constexpr = a_ring.shape[1] // 2
@@ -61,31 +60,28 @@ def _multiply(ring, it, steps, x_scale, w_scale, w_scale_2, PART: gl.constexpr, 
     left = gl.zeros([HALF, COLS], gl.float32, layout)
     right = gl.zeros([HALF, COLS], gl.float32, layout)
     fresh = gl.zeros([HALF, COLS], gl.float32, layout)
-    xs = gl.load(x_scale)
-    ws = gl.load(w_scale)
-    ws_2 = gl.load(w_scale_2)
     for step in range(steps):
         stage = it % STAGES
         mbarrier.wait(full.index(stage), (it // STAGES) & 1)
         if FENCE:
             fence_async_shared()
+        # Eight steps share a sector of each row's scales; even where it comes from L2, the product takes as long.
+        xs = gl.load(x_scale + (x_row + step))
+        ws = gl.load(w_scale + (w_row + step))
+        ws_2 = gl.load(w_scale + (w_row_2 + step))
         a = a_ring.index(stage).slice(PART * HALF, HALF)
         b = b_ring.index(stage)
         part = warpgroup_mma(a, b.slice(0, COLS).permute((1, 0)), fresh, use_acc=False, is_async=True)
-        scale = xs * ws
-        scale_2 = xs * ws_2
-        ahead = gl.minimum(step + 1, steps - 1)
-        xs = gl.load(x_scale + ahead)
-        ws = gl.load(w_scale + ahead)
-        ws_2 = gl.load(w_scale_2 + ahead)
         part = warpgroup_mma_wait(0, deps=(part,))
-        left += part * scale[:, None]
+        left += part * (xs * ws)[:, None]
+        # Waits for nothing; it only keeps ptxas from starting the next product, in other registers, before the sum.
+        left = warpgroup_mma_wait(0, deps=(left,))
         part = warpgroup_mma(a, b.slice(COLS, COLS).permute((1, 0)), fresh, use_acc=False, is_async=True)
         part = warpgroup_mma_wait(0, deps=(part,))
         mbarrier.arrive(empty.index(stage), count=1)
         if PART == 0 and LAG > 0:
             mbarrier.arrive(lead.index(0), count=1, pred=step == LAG - 1)
-        right += part * scale_2[:, None]
+        right += part * (xs * ws_2)[:, None]
         it += 1
     return left, right
 
@@ -118,7 +114,7 @@ def _consume_up(ring, table, slots, scales, out, span, act, PART: gl.constexpr, 
                 STAGES: gl.constexpr, LAG: gl.constexpr, FENCE: gl.constexpr):  # fmt: skip
     x_scale, x_scale_stride, w_scale = scales
     h, h_stride, h_scale, h_scale_stride = out
-    live, n_tiles, inter, K = span
+    live, n_tiles, _, K = span
     BM: gl.constexpr = ring[0].shape[1]
     BK: gl.constexpr = ring[0].shape[2]
     COLS: gl.constexpr = ring[1].shape[1] // 2
@@ -131,23 +127,33 @@ def _consume_up(ring, table, slots, scales, out, span, act, PART: gl.constexpr, 
     steps = K // BK
     total = live * n_tiles
     it = 0
-    turn = 0
     if gl.program_id(0) < total:
         expert, n, start, count, slot = _next_rows(
             gl.program_id(0), total, table, slots, rows_mma, live, n_tiles, BM, GROUP_M, HAS_SLOTS
         )
         for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-            row_scale = x_scale + (slot // TOP_K).to(gl.int64) * x_scale_stride
-            gate_scale = w_scale + (expert * (2 * n_tiles) + n) * steps
+            x_row = (slot // TOP_K) * x_scale_stride
+            w_row = (expert * (2 * n_tiles) + n) * steps
             here, first, last = n, start, count
             expert, n, start, count, slot = _next_rows(
                 tile + gl.num_programs(0), total, table, slots, rows_mma, live, n_tiles, BM, GROUP_M, HAS_SLOTS
             )
             if PART == 1 and LAG > 0:
-                mbarrier.wait(ring[4].index(0), turn & 1)
+                mbarrier.wait(ring[4].index(0), (tile // gl.num_programs(0)) & 1)
             if last > PART * HALF:
                 gate, up = _multiply(
-                    ring, it, steps, row_scale, gate_scale, gate_scale + n_tiles * steps, PART, STAGES, LAG, FENCE
+                    ring,
+                    it,
+                    steps,
+                    x_scale,
+                    x_row,
+                    w_scale,
+                    w_row,
+                    w_row + n_tiles * steps,
+                    PART,
+                    STAGES,
+                    LAG,
+                    FENCE,
                 )
                 value = activate(gate, up, ACT, act[0], act[1], act[2], HAS_LIMIT)
                 scale = _group_scales(value)
@@ -159,7 +165,6 @@ def _consume_up(ring, table, slots, scales, out, span, act, PART: gl.constexpr, 
             else:
                 pass_on(ring, it, steps, STAGES)
             it += steps
-            turn += 1
 
 
 @gluon.jit
@@ -181,17 +186,16 @@ def _consume_down(ring, table, slots, scales, row_weights, y, y_stride, span, fa
     blocks = columns // COLS
     total = live * n_tiles
     it = 0
-    turn = 0
     if gl.program_id(0) < total:
         expert, n, start, count, slot = _next_rows(
             gl.program_id(0), total, table, slots, rows_mma, live, n_tiles, BM, GROUP_M, HAS_SLOTS
         )
         for tile in range(gl.program_id(0), total, gl.num_programs(0)):
             here, first, last = n, start, count
-            row_scale = x_scale + (first + gl.where(rows_mma < last, rows_mma, 0)).to(gl.int64) * x_scale_stride
+            x_row = (first + gl.where(rows_mma < last, rows_mma, 0)) * x_scale_stride
             block = expert * blocks + 2 * here
-            left_scale = w_scale + block * steps
-            right_scale = left_scale + gl.where(2 * here + 1 < blocks, steps, 0)
+            w_row = block * steps
+            w_row_2 = w_row + gl.where(2 * here + 1 < blocks, steps, 0)
             weight = gl.full([HALF], factor, gl.float32, rows_mma.type.layout)
             if HAS_WEIGHTS:
                 weight *= gl.load(row_weights + slot)
@@ -199,10 +203,10 @@ def _consume_down(ring, table, slots, scales, row_weights, y, y_stride, span, fa
                 tile + gl.num_programs(0), total, table, slots, rows_mma, live, n_tiles, BM, GROUP_M, HAS_SLOTS
             )
             if PART == 1 and LAG > 0:
-                mbarrier.wait(ring[4].index(0), turn & 1)
+                mbarrier.wait(ring[4].index(0), (tile // gl.num_programs(0)) & 1)
             if last > PART * HALF:
                 left, right = _multiply(
-                    ring, it, steps, row_scale, left_scale, right_scale, PART, STAGES, LAG, False
+                    ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART, STAGES, LAG, False
                 )
                 target = first + rows
                 if HAS_SLOTS:
@@ -217,16 +221,15 @@ def _consume_down(ring, table, slots, scales, row_weights, y, y_stride, span, fa
             else:
                 pass_on(ring, it, steps, STAGES)
             it += steps
-            turn += 1
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tiles", "x_scale_stride", "h_scale_stride"])
 def up_fp8_kernel(x, x_stride, x_desc, x_scale, x_scale_stride, w_desc, w_scale, h, h_stride, h_scale, h_scale_stride,
                   tile_expert, tile_start, ends, slots, tiles, K, inter, alpha, beta, limit, ACT: gl.constexpr,
                   HAS_LIMIT: gl.constexpr, HAS_SLOTS: gl.constexpr, TOP_K: gl.constexpr, BM: gl.constexpr,
                   BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, LAG: gl.constexpr,
                   FENCE: gl.constexpr, SPLIT: gl.constexpr):  # fmt: skip
-    ring = make_ring(w_desc.dtype, BM, BN, BK, STAGES, 4 * 32 + 1 if HAS_SLOTS else 1)
+    ring = make_ring(w_desc.dtype, BM, BN, BK, STAGES, (65 if SPLIT else 129) if HAS_SLOTS else 1)
     span = (count_live(tile_expert, tiles), inter // (BN // 2), inter, K)
     table = (tile_expert, tile_start, ends)
     act = (alpha, beta, limit)
@@ -241,8 +244,8 @@ def up_fp8_kernel(x, x_stride, x_desc, x_scale, x_scale_stride, w_desc, w_scale,
                                STAGES, LAG, False)),
                 (produce_rows, (ring, table, x_desc, w_desc, span, True, GROUP_M, STAGES)),
             ],
-            [4, 1],
-            [240, 24],
+            [4, 4],
+            [216, 72],
         )  # fmt: skip
     elif SPLIT:
         gl.warp_specialize(
@@ -256,8 +259,8 @@ def up_fp8_kernel(x, x_stride, x_desc, x_scale, x_scale_stride, w_desc, w_scale,
                 (produce_gathered, (ring, table, slots, x, x_stride, w_desc, span, TOP_K, True, GROUP_M, STAGES,
                                     False, True)),
             ],
-            [4, 4, 1],
-            [216, 48, 24],
+            [4, 2, 1],
+            [216, 72, 72],
         )  # fmt: skip
     else:
         gl.warp_specialize(
@@ -270,11 +273,11 @@ def up_fp8_kernel(x, x_stride, x_desc, x_scale, x_scale_stride, w_desc, w_scale,
                                     True, True)),
             ],
             [4, 4],
-            [224, 56],
+            [216, 72],
         )  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tiles", "h_scale_stride"])
 def down_fp8_kernel(h_desc, h_scale, h_scale_stride, w_desc, w_scale, y, y_stride, tile_expert, tile_start, ends, slots,
                     row_weights, factor, tiles, K, columns, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr,
                     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
@@ -291,6 +294,70 @@ def down_fp8_kernel(h_desc, h_scale, h_scale_stride, w_desc, w_scale, y, y_strid
                              HAS_WEIGHTS, GROUP_M, STAGES, LAG)),
             (produce_rows, (ring, table, h_desc, w_desc, span, False, GROUP_M, STAGES)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 4],
+        [216, 72],
     )  # fmt: skip
+
+
+def _check(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, table: RowTable, config: HopperConfig) -> None:
+    """ValueError for what the kernels would compute wrongly."""
+    experts, rows, width = w.shape
+    if table.block_m != 128 or (config.block_n, config.block_k) != (2 * GROUP, GROUP):
+        raise ValueError(f"tiles are 128 x 256 x 128, got rows {table.block_m} and {config}")
+    if rows % GROUP or width % GROUP:
+        raise ValueError(f"sizes must be multiples of {GROUP}, got weights {list(w.shape)}")
+    if w_scale.shape != (experts, rows // GROUP, width // GROUP) or not w_scale.is_contiguous():
+        raise ValueError(f"weights {list(w.shape)} need contiguous scales a block, got {list(w_scale.shape)}")
+    if x.shape[1] != width or x_scale.shape != (x.shape[0], width // GROUP) or x_scale.stride(1) != 1 != width // GROUP:
+        raise ValueError(f"rows {list(x.shape)} and scales {list(x_scale.shape)} do not fit weights {list(w.shape)}")
+
+
+def up_gemm_fp8(x: Tensor, x_scale: Tensor, w13: Tensor, w13_scale: Tensor, table: RowTable, h: Tensor,
+                h_scale: Tensor, *, top_k: int, act: str = "silu", alpha: float = 1.0, beta: float = 0.0,
+                limit: float | None = None, config: HopperConfig = DEFAULT) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """h[p], h_scale[p] = quantized act(gate, up) of x[table.slots[p] // top_k] and its expert's rows of w13, live p.
+
+    x, h: e4m3 [T, H], [positions, I]; x_scale, h_scale: float32 [T, H / 128], [positions, I / 128]; w13: e4m3
+    [E, 2 * I, H], gate first; w13_scale: float32 [E, 2 * I / 128, H / 128]. Without table.slots x[p] is the row.
+    """
+    experts, twice, K = w13.shape
+    inter = twice // 2
+    _check(x, x_scale, w13, w13_scale, table, config)
+    if inter % GROUP or h_scale.shape[1] != inter // GROUP or h_scale.stride(1) != 1 != h_scale.shape[1]:
+        raise ValueError(f"h {list(h.shape)} needs {inter / GROUP} scales a row, got {list(h_scale.shape)}")
+    gathered = table.slots is not None
+    if not gathered and top_k != 1:
+        raise ValueError(f"without slots there is one row a position, got top_k {top_k}")
+    grid = min(processors(x.device), table.tiles * (inter // GROUP))
+    w_desc = descriptor(w13.view(experts * twice, K), GROUP, GROUP)
+    up_fp8_kernel[(grid,)](
+        x, x.stride(0), w_desc if gathered else descriptor(x, table.block_m // 2, GROUP), x_scale, x_scale.stride(0),
+        w_desc, w13_scale, h, h.stride(0), h_scale, h_scale.stride(0), table.tile_expert, table.tile_start, table.ends,
+        table.slots if gathered else table.tile_start, table.tiles, K, inter, float(alpha), float(beta),
+        float(limit or 0.0), ACT=act, HAS_LIMIT=limit is not None, HAS_SLOTS=gathered, TOP_K=top_k, BM=table.block_m,
+        BN=config.block_n, BK=config.block_k, STAGES=config.stages, GROUP_M=config.group_m, LAG=config.lag_for(K),
+        FENCE=config.fence, SPLIT=config.split, num_warps=4,
+    )  # fmt: skip
+    return h, h_scale
+
+
+def down_gemm_fp8(h: Tensor, h_scale: Tensor, w2: Tensor, w2_scale: Tensor, table: RowTable, y: Tensor, *,
+                  row_weights: Tensor | None = None, scale: float = 1.0,
+                  config: HopperConfig = DEFAULT) -> Tensor:  # fmt: skip
+    """y[table.slots[p]] = (h[p] times its expert's w2) * row_weights[table.slots[p]] * scale, for live p.
+
+    h: e4m3 [positions, I], h_scale: float32 [positions, I / 128]; w2: e4m3 [E, H, I], w2_scale: float32
+    [E, H / 128, I / 128]; y: 16 bits [.., H]. Without table.slots p stands for its slot.
+    """
+    experts, columns, K = w2.shape
+    _check(h, h_scale, w2, w2_scale, table, config)
+    grid = min(processors(h.device), table.tiles * -(-columns // config.block_n))
+    down_fp8_kernel[(grid,)](
+        descriptor(h, table.block_m // 2, GROUP), h_scale, h_scale.stride(0),
+        descriptor(w2.view(experts * columns, K), config.block_n, GROUP), w2_scale, y, y.stride(0), table.tile_expert,
+        table.tile_start, table.ends, table.tile_start if table.slots is None else table.slots,
+        w2_scale if row_weights is None else row_weights, float(scale), table.tiles, K, columns,
+        HAS_SLOTS=table.slots is not None, HAS_WEIGHTS=row_weights is not None, BM=table.block_m, BN=config.block_n,
+        BK=config.block_k, STAGES=config.stages, GROUP_M=config.group_m, LAG=config.lag_for(K), num_warps=4,
+    )  # fmt: skip
+    return y

@@ -29,6 +29,11 @@ def is_hopper_or_newer(device: torch.device) -> bool:
     return not interpreting() and _capability(device) >= (9, 0)
 
 
+def is_exactly_hopper(device: torch.device) -> bool:
+    """sm_90 and nothing newer: kernels that use its own instructions (wgmma, setmaxnreg)."""
+    return not interpreting() and _capability(device) == (9, 0)
+
+
 def is_nvidia(device: torch.device) -> bool:
     """An NVIDIA GPU with bfloat16 arithmetic (sm_80 and above), where inline PTX may be used."""
     return not interpreting() and _capability(device) >= (8, 0)

@@ -114,8 +114,14 @@ def _route(
     tl.store(weights + row * K + k, w * scaling, mask=k < K)
 
 
+def fits(experts: int, top_k: int, routing: RoutingConfig) -> bool:
+    """Whether the kernel is made for this. Choosing all groups is no restriction, however many there are."""
+    restricted = routing.num_groups if routing.topk_groups < routing.num_groups else 1
+    return experts <= 1024 and top_k <= 32 and restricted <= 32
+
+
 @lru_cache(maxsize=256)
-def _fits(experts: int, top_k: int, routing: RoutingConfig, bias: tuple[int, ...] | None) -> None:
+def _check_routing(experts: int, top_k: int, routing: RoutingConfig, bias: tuple[int, ...] | None) -> None:
     """Raise what the core raises. On the meta device its `route` checks and computes nothing, once a configuration."""
     logits = torch.empty(1, experts, device="meta")
     core_route(logits, top_k, routing, None if bias is None else torch.empty(bias, device="meta"))
@@ -144,14 +150,13 @@ def route(
             f"router_logits must be floating point [T, E], got {router_logits.dtype} {list(router_logits.shape)}"
         )
     tokens, experts = router_logits.shape
-    _fits(experts, top_k, routing, None if correction_bias is None else tuple(correction_bias.shape))
+    _check_routing(experts, top_k, routing, None if correction_bias is None else tuple(correction_bias.shape))
     if correction_bias is not None and correction_bias.device != router_logits.device:
         raise ContractViolation(
             f"correction_bias must be on {router_logits.device}, like router_logits, got {correction_bias.device}"
         )
-    # Choosing all groups is no restriction.
     groups = routing.num_groups if routing.topk_groups < routing.num_groups else 1
-    if experts > 1024 or top_k > 32 or groups > 32:
+    if not fits(experts, top_k, routing):
         raise ConfigError(
             f"the Triton router takes up to 1024 experts, top_k 32 and 32 groups, got {experts}, {top_k} and {groups}"
         )

@@ -18,10 +18,10 @@ def e2m1(code, DTYPE: tl.constexpr):
     The three magnitude bits are an exponent and mantissa already: moved to those of DTYPE they are the value times a
     power of two (subnormal numbers included), which one multiplication undoes.
     """
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         bits = ((code & 8).to(tl.uint16) << 12) | ((code & 7).to(tl.uint16) << 6)
         return bits.to(tl.bfloat16, bitcast=True) * 8.507059173023462e37  # 2**126
-    elif DTYPE == tl.float16:
+    elif tl.float16 == DTYPE:
         bits = ((code & 8).to(tl.uint16) << 12) | ((code & 7).to(tl.uint16) << 9)
         return bits.to(tl.float16, bitcast=True) * 16384.0  # 2**14
     else:
