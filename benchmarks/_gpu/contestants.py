@@ -15,6 +15,7 @@ import moe_core
 from moe_core.config import MoeConfig
 from moe_core.errors import ConfigError
 from moe_core.registry import Registry, default_registry
+from moe_core.settings import Settings
 from moe_core.vocabulary import Phase
 from moe_core.weights import CanonicalWeights
 
@@ -48,12 +49,17 @@ def registry(runner: str) -> Registry:
 
 
 def ours(runner: str) -> Contestant:
-    """A plan with that runner, as a server makes it: framework time counts where no graph hides it."""
+    """A plan with that runner, as a server makes it: framework time counts where no graph hides it.
+
+    runner: a name, or "name+option" for one with an option of its own set.
+    """
+    name, _, option = runner.partition("+")
 
     def bind(config: MoeConfig, weights: CanonicalWeights, max_tokens: int) -> Bound:
         graph: dict[str, Any] = {"graph_capture": tuple(Phase)} if weights.device.type == "cuda" else {}
         hardware = moe_core.detect_hardware() if weights.device.type == "cuda" else None
-        choice: dict[str, Any] = {"runner": runner, "registry": registry(runner), "max_tokens": max_tokens}
+        settings = Settings(runner=name, options={name: {option: True}} if option else {})
+        choice: dict[str, Any] = {"settings": settings, "registry": registry(name), "max_tokens": max_tokens}
         plan = moe_core.plan(config, weights, hardware=hardware, **choice, **graph)
 
         def call(batch: Inputs) -> Tensor:

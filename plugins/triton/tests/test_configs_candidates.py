@@ -33,7 +33,7 @@ H200, QWEN = DEVICES["h200"], SHAPES["qwen"]
 
 
 def rules(problem: Problem, config: LayerConfig, device: devices.Device, tokens: int) -> None:
-    """The rules of the brief."""
+    """What every configuration keeps to."""
     wide, lanes = device.arch in ("sm_90", "sm_100"), 64 if device.arch.startswith("gfx") else 32
     weight = {"int4_w4a16": 0.5, "mxfp4_w4a16": 0.5, "bf16": {"float32": 4}.get(problem.dtype, 2)}.get(
         problem.scheme, 1
@@ -215,3 +215,19 @@ def test_nothing_legal_is_an_error():
 def test_legal_spaces_are_of_a_searchable_size():
     for block_m in (1, 8, 16, 64, 128):
         assert 10 < len(list(gemms(QWEN, "up", block_m, H200))) < 800
+
+
+def test_specialized_kernels_are_only_for_those_who_asked():
+    asked = replace(QWEN, specialized=True, scheme="fp8_block128")
+    for tokens in (1024, 4096, 16384):
+        for problem in (asked, replace(asked, specialized=False)):
+            found = [gemm.specialized for one in candidates(problem, tokens, H200) for gemm in (one.up, one.down)]
+            assert any(found) is problem.specialized
+    config = LayerConfig("tiles", 128, specialized(asked), specialized(asked))
+    assert why_not(asked, config, H200) is None
+    assert "option" in (why_not(replace(asked, specialized=False), config, H200) or "")
+    assert "sm_90" in (why_not(asked, config, DEVICES["b200"]) or "")
+    assert why_not(replace(asked, specialized=False), config.plain, H200) is None
+    half = LayerConfig("tiles", 128, specialized(QWEN), GemmConfig(256, 64, 8, 4, False, True, 8))
+    assert half.plain.down == half.down
+    assert why_not(QWEN, half.plain, H200) is None

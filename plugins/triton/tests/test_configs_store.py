@@ -224,6 +224,7 @@ def test_bound_to_a_plan(home, tmp_path):
         format=STANDARD,
         parallel=moe_core.ParallelConfig(ep_size=2),
         max_tokens=64,
+        options={},
         request=SimpleNamespace(settings=Settings()),
     )
     found = stores.bound(binding)
@@ -232,3 +233,13 @@ def test_bound_to_a_plan(home, tmp_path):
     assert stores.bound(binding) is found
     batched = SimpleNamespace(**vars(binding) | {"format": BATCHED})
     assert stores.bound(batched).local(64) == 64
+
+
+def test_what_is_shipped_serves_plans_without_the_specialized_kernels():
+    for file in stores.SHIPPED.glob("*.json"):
+        for section in Store.read(file).sections.values():
+            for key in section:
+                problem = Problem.parse(key)
+                configs = Configs(problem, H200, triton="3.6")
+                for tokens in (1, 8, 64, 256, 1024, 4096, 16384):
+                    assert why_not(problem, configs(tokens), H200, tokens) is None

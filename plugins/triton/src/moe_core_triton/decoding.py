@@ -58,13 +58,15 @@ def _arguments(w: Projection, config: GemmConfig, payload: str | None) -> dict[s
 
 def decode_layer(layer: LayerSequence, call: Call, weights: TritonWeights, state: RunningState) -> Call:
     """The whole layer into `call.result`."""
-    rows, up, down = call.rows, weights.up, weights.down
+    rows, up, down, config = call.rows, weights.up, weights.down, call.config
+    if rows.ids is None or config is None:
+        raise TypeError("a call that `decodes` took has ids and a configuration")
     ids = rows.ids.contiguous()
     tokens, top_k = ids.shape
     activation = layer.config.activation
     mapped = 0 if rows.expert_map is None else rows.expert_map.shape[0]
     hidden = torch.empty(tokens * top_k, up.n, dtype=layer.dtype, device=rows.data.device)
-    given = _arguments(up, call.config.up, layer.payload)
+    given = _arguments(up, config.up, layer.payload)
     decode_up[(triton.cdiv(up.n, given["ROWS"]), tokens * top_k)](
         rows.data,
         up.data,
@@ -95,7 +97,7 @@ def decode_layer(layer: LayerSequence, call: Call, weights: TritonWeights, state
         **dependent_launch(hidden),
     )
     call.result, call.complete = layer.output(rows, state), True
-    _down(layer, rows, ids, hidden, down, call.result, call.config.down, mapped)
+    _down(layer, rows, ids, hidden, down, call.result, config.down, mapped)
     return call
 
 

@@ -1,7 +1,10 @@
 """The warp-specialized kernels for Hopper: when a product is theirs, and their launch.
 
-They exist for exactly sm_90 and are written in Gluon, which may change between versions of Triton: where they cannot be
-imported, nothing takes them, and configurations that ask for them run as the plain ones that stand beside them.
+They exist for exactly sm_90 and are written in Gluon, which may change between versions of Triton. They run only where
+the option `specialized` of the runner is set. They are the fastest here from 1024 tokens on; but in one run of the GPU
+suite, two layers of 16384 tokens (bfloat16, fourteen processes on the GPU) had a few values that were not finite, and
+why is not known yet. Everybody else's configurations are ordinary ones, and `LayerConfig.plain` serves what a
+specialized kernel does not compute.
 """
 
 from __future__ import annotations
@@ -35,6 +38,11 @@ def _kernels() -> Any:
     return hopper_common, hopper_gemm, hopper_fp8
 
 
+def available(device: torch.device) -> bool:
+    """Whether they can run there."""
+    return is_exactly_hopper(device) and _kernels() is not None
+
+
 def takes(rows: Rows, w: Projection, table: RowTable, epilogue: Epilogue, out: Tensor) -> bool:
     """Whether a kernel here computes this product."""
     data = rows.data
@@ -64,7 +72,7 @@ def launch(rows: Rows, w: Projection, table: RowTable, out: Tensor, epilogue: Ep
     module = eight if fp8 else sixteen
     cut = replace(module.DEFAULT, group_m=config.group_m)
     if w.parts == 2:
-        activation = epilogue.activation
+        activation: Any = epilogue.activation
         options = {
             "top_k": max(rows.divisor, 1),
             "act": activation.name,

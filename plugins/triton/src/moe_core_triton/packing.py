@@ -14,8 +14,8 @@ def pack_width(group: int, *, scale_in_loop: bool) -> int:
 def halves(data: Tensor, width: int, *, words: bool = False, out: Tensor | None = None) -> Tensor:
     """uint8 [E, N, K / 2], neighbors in a byte -> uint8 [E, N, ceil(K / width) * width / 2], block halves in a byte.
 
-    K is padded with code 0. words: the bits as `words` lays them. One expert at a time: the unpacked codes take as much
-    memory as one expert in int8.
+    K is padded with code 0. words: the bits as `_words` lays them. One expert at a time: the unpacked codes take as
+    much memory as one expert in int8.
     """
     experts, n, half = data.shape
     k = 2 * half

@@ -20,7 +20,7 @@ class Planner:
 
     def tiles(self, tokens: int) -> LayerConfig:
         """The same for a call that the decode path cannot take."""
-        return self._configs.choose(tokens, tiny=False).config
+        return self._configs.tiles(tokens)
 
     def fix(self, config: LayerConfig | None) -> None:
         """Use this configuration whatever the tokens: for tuning and tests. None: as before."""

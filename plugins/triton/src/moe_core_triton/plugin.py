@@ -31,6 +31,9 @@ RUNNER = RunnerSpec(
     router="moe_core_triton.routing:router",
     tune="moe_core_triton.tune:tune",
     layouts=frozenset({"rows"}),
+    options={
+        "specialized": "use the warp-specialized kernels where a tuned configuration names them (sm_90; default: false)"
+    },
     support=Support(
         devices={"cuda": (">=sm_80",), "rocm": ("gfx90a", "gfx942", "gfx950")},
         schemes=frozenset(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -47,12 +47,6 @@ class Epilogue:
     scale: Tensor | None = None
 
 
-def plain(config: GemmConfig, w: Projection) -> GemmConfig:
-    """The ordinary kernel in the place of the specialized one, for a product that this one cannot compute."""
-    block_n = 128 if w.weight_scale == "block" else config.block_n
-    return replace(config, block_n=block_n, num_warps=8, num_stages=3, specialized=False)
-
-
 def uniform_scales(w: Projection, block_n: int) -> int:
     """How many scales of 128 x 128 blocks a tile of `block_n` weight rows meets: 1, 2, or 0 for one a row."""
     per_part = block_n // w.parts
@@ -72,10 +66,10 @@ def grouped_product(
     the weights to L2 before the inputs are ready; only where `table` is at least two kernels old.
     """
     if config.specialized:
-        if hopper.takes(rows, w, table, epilogue, out):
-            hopper.launch(rows, w, table, out, epilogue, config)
-            return
-        config = plain(config, w)
+        if not hopper.takes(rows, w, table, epilogue, out):
+            raise ValueError(f"no specialized kernel computes this product ({config.text}): see LayerConfig.plain")
+        hopper.launch(rows, w, table, out, epilogue, config)
+        return
     activation = epilogue.activation
     block_k = w.pack_width or config.block_k
     width = block_k // 2 if w.pack else block_k

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_core.protocols import Binding, RunnerHooks, RunningState
 from moe_core.vocabulary import STANDARD, Step
+from moe_core_triton import hopper
 from moe_core_triton.calls import Call, ExpertRows
 from moe_core_triton.decoding import decode_layer, decodes
 from moe_core_triton.hooking import call_hook
@@ -54,11 +55,23 @@ class LayerSequence:
             if decodes(self, rows, weights, state):
                 return Call(rows, config)
             config = self.planner.tiles(rows.tokens)
+        if (config.up.specialized or config.down.specialized) and not self._specializes(rows, weights, state):
+            config = config.plain
         call = Call(rows, config, self._table(rows, config.block_m))
         call.x, call.weighed_input = input_rows(
             rows, call.table, weights.up, self.payload, self.top_k, weigh=self.weigh_input
         )
         return call
+
+    def _specializes(self, rows: ExpertRows, weights: TritonWeights, state: RunningState) -> bool:
+        """Whether the specialized kernels compute this layer: no bias, weighed input, hook, or payload from outside."""
+        up, down = weights.up, weights.down
+        plain = up.bias is None and down.bias is None and not self.weigh_input and state.hooks is None
+        aligned = rows.data.stride(0) * rows.data.element_size() % 16 == 0 and rows.data.data_ptr() % 16 == 0
+        fits = up.parts == 2 and not up.n % 8 and not up.k % 8 and hopper.available(rows.data.device)
+        if self.payload == "fp8_group128":
+            fits = fits and not up.n % 128 and not up.k % 128
+        return plain and aligned and fits
 
     def _table(self, rows: ExpertRows, block_m: int) -> RowTable:
         if rows.ids is not None:

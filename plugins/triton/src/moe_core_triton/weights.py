@@ -36,8 +36,8 @@ class Projection:
     """One of the two matrices. data: [E, parts * n, k_stored] in the storage dtype; n rows a part (gate, up).
 
     scale: [E, ...] contiguous, as the scheme has it; zero: uint8 like it; bias: [E, parts * n]. input_scale: float32
-    [E], static activation scales. one_input_scale: whether all of them are equal. pack: "", "int4", "mxfp4" or "mxfp4_words", group: K
-    under one scale where packed, pack_width: K elements of a packed block.
+    [E], static activation scales. one_input_scale: whether all of them are equal. pack: "", "int4", "mxfp4" or
+    "mxfp4_words", group: K under one scale where packed, pack_width: K elements of a packed block.
     """
 
     data: Tensor

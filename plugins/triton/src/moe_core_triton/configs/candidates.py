@@ -119,6 +119,8 @@ def specialized(problem: Problem, group_m: int = 8) -> GemmConfig:
 
 
 def _specialized_why_not(problem: Problem, gemm: GemmConfig, block_m: int, device: Device) -> str | None:
+    if not problem.specialized:
+        return "the option `specialized` of the runner is off"
     if device.arch != "sm_90":
         return f"the warp-specialized kernels are for sm_90, this is {device.arch}"
     if problem.scheme not in ("bf16", "fp8_block128") or problem.dtype == "float32" or not problem.gated:

@@ -67,6 +67,19 @@ class LayerConfig:
     down: GemmConfig
 
     @property
+    def plain(self) -> Self:
+        """With ordinary kernels in the place of specialized ones."""
+        if not (self.up.specialized or self.down.specialized):
+            return self
+        if 128 in [part.block_k for part in (self.up, self.down) if part.specialized]:
+            # Two accumulators a tile, because scales change every 128 of K: lower tiles, three programs a processor.
+            part = GemmConfig(128, 128, 4, 3, False, True, 8)
+            return replace(self, block_m=64, up=part, down=part)
+        part = GemmConfig(256, 64, 8, 4, False, True, 8)
+        up, down = (part if one.specialized else one for one in (self.up, self.down))
+        return replace(self, up=up, down=down)
+
+    @property
     def text(self) -> str:
         """For people: "tiles m16 | 128x64 w4 s3 swap tma | 64x128 w4 s3 swap"."""
         return f"{self.path} m{self.block_m} | {self.up.text} | {self.down.text}"
@@ -135,6 +148,8 @@ _KEY = re.compile(r"E(\d+)k(\d+)H(\d+)I(\d+)-(gated|plain)-([a-z]+\d+)-([a-z]\w*
 class Problem:
     """A layer as its kernels see it: this rank's experts and intermediate size.
 
+    specialized: whether the warp-specialized kernels may be chosen; no part of the key.
+
     tokens, wherever they go with a problem, are those whose top_k experts are all here: positions / top_k. With expert
     parallelism over replicated tokens that is a share of a call's tokens (see `local_tokens`).
     """
@@ -147,6 +162,7 @@ class Problem:
     dtype: str = "bfloat16"
     scheme: str = "bf16"
     group_size: int | None = None
+    specialized: bool = False
 
     @classmethod
     def of(cls, binding: Any) -> Self:
@@ -161,6 +177,7 @@ class Problem:
             dtype=config.dtype,
             scheme=config.scheme,
             group_size=config.group_size,
+            specialized=bool(binding.options.get("specialized", False)),
         )
 
     @cached_property

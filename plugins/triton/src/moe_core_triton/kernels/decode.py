@@ -1,9 +1,9 @@
-"""A layer for a handful of tokens, in two launches: matrix-vector products, one program a slot (or token) and row block.
+"""A layer for a handful of tokens, in two launches: matrix-vector products, a program a slot (or token) and row block.
 
 At one token the layer is a stream of the chosen experts' weights and nothing else, so nothing is sorted, padded or
-gathered: a program reads its experts from the ids, multiplies on the ordinary units and keeps whole rows of partial sums
-in registers until the end. The second kernel takes all slots of a token at once (LANES), so that their loads are in
-flight together, and writes the finished sum.
+gathered: a program reads its experts from the ids, multiplies on the ordinary units and keeps whole rows of partial
+sums in registers until the end. The second kernel takes all slots of a token at once (LANES), so that their loads are
+in flight together, and writes the finished sum.
 
 Roofline: T * K * (N13 * H + H * I) weights once, e.g. 75.5 MB for Qwen3-30B at T = 1, 17.6 us at 4.3 TB/s.
 """
@@ -40,7 +40,7 @@ def _there_and_back(v, scale, INT8: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def quantized(v, QUANT: tl.constexpr, NATIVE: tl.constexpr, scale, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """v: float32 [LANES, WIDTH], as the scheme's activation payload would give it back. scale: [LANES], where it has one."""
+    """v: float32 [LANES, WIDTH], as the scheme's activation payload gives it back. scale: [LANES], where it has one."""
     if QUANT == "":
         return v
     elif QUANT == "group":
@@ -183,7 +183,7 @@ def decode_up(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """h[slot] = act(x[slot // TOP_K] @ w[expert].T): GEMM1 of one slot and ROWS rows of each part. Grid (rows, slots)."""
+    """h[slot] = act(x[slot // TOP_K] @ w[expert].T): GEMM1 of a slot and ROWS rows of each part. Grid (rows, slots)."""
     wait_for_inputs(PDL)
     slot = tl.program_id(1)
     expert = local_expert(ids, slot, expert_map, num_experts, num_mapped)

@@ -1,8 +1,8 @@
 """The grouped matrix products of a layer: one kernel for GEMM1 (gather, activation) and GEMM2 (weigh, scatter).
 
 Roofline. The larger of operations, 2 * rows * N * K at the tensor cores' rate, and bytes: every activated expert's
-[N, K] weights once, rows * K input, rows * N output. Decode is bytes of weights (BLOCK_M = 16, weights on the 64-row side
-of the instruction, so that no row is computed for padding), prefill operations.
+[N, K] weights once, rows * K input, rows * N output. Decode is bytes of weights (BLOCK_M = 16, weights on the 64-row
+side of the instruction, so that no row is computed for padding), prefill operations.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def _tile(
     INTEGER: tl.constexpr = x.dtype.element_ty == tl.int8
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.int32 if INTEGER else tl.float32)
     acc = accumulate(
-        x_rows, live if BLOCK_M <= 64 else None, xs_rows, w, ws, wz, acc, expert, n_block, rows, n_part, k, k_stored, stride_ws, X_SCALE,
-        W_GROUP, PACK, HAS_ZERO, PARTS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, EVEN_K, UNIFORM,
+        x_rows, live if BLOCK_M <= 64 else None, xs_rows, w, ws, wz, acc, expert, n_block, rows, n_part, k, k_stored,
+        stride_ws, X_SCALE, W_GROUP, PACK, HAS_ZERO, PARTS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, EVEN_K, UNIFORM,
     )  # fmt: skip
     acc = acc.to(tl.float32)
     if PACK == "mxfp4_words":

@@ -116,7 +116,7 @@ def block_scales(
     BLOCK_N: tl.constexpr,
     UNIFORM: tl.constexpr,
 ):
-    """The scales of step `block` of K: of the input's rows, and of one or two segments of weight rows (or of each row)."""
+    """The scales of step `block` of K: of the input's rows, and of one or two segments of weight rows (or each row)."""
     xs = tl.load(x_scale + block)
     if UNIFORM == 0:
         one = tl.load(w_scale + (rows // 128) * stride_ws + block)
@@ -168,8 +168,8 @@ def accumulate(
     X_SCALE: "group" where input and weights have a scale every 128 of K, anything else for scales that can wait.
     """
     if X_SCALE == "group":
-        # Two levels: the scales change every 128 of K, so each block is summed by itself first. Scales are loaded a step
-        # ahead: nothing else would hide their latency.
+        # Two levels: the scales change every 128 of K, so each block is summed by itself first. Scales are loaded a
+        # step ahead: nothing else would hide their latency.
         blocks = tl.cdiv(k, 128)
         xs, one, two = block_scales(x_scale, w_scale, rows, n_block, 0, n_part, stride_ws, PARTS, BLOCK_N, UNIFORM)
         for k0 in tl.range(0, k, BLOCK_K):

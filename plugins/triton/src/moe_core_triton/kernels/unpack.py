@@ -1,7 +1,7 @@
 """Weights narrower than a byte, from storage to numbers, in registers. Device functions only.
 
-The K order in storage is ours (`moe_core_triton.packing`): byte j of a block of PACK / 2 bytes holds element j in its low
-nibble and element j + PACK / 2 in its high one. Both nibbles of a loaded tile are then tiles of consecutive K: no
+The K order in storage is ours (`moe_core_triton.packing`): byte j of a block of PACK / 2 bytes holds element j in its
+low nibble and element j + PACK / 2 in its high one. Both nibbles of a loaded tile are then tiles of consecutive K: no
 shuffle, join or transpose is needed, and a tile stays in the registers that the tensor core reads.
 """
 
@@ -58,8 +58,8 @@ def e8m0_for_words(byte):
 def e2m1_words(tile, low_scale, high_scale):
     """uint8 tile and bfloat16 scales of the same shape -> (low, high) bfloat16 tiles, over E2M1_WORDS_FACTOR.
 
-    NVIDIA only, and only where a thread holds four neighboring bytes: they are a word of `packing.words`, whose bits lie
-    so that a shift and a mask bring two numbers at once to where sign, exponent and mantissa are in a bfloat16x2. 1.4
+    NVIDIA only, and only where a thread holds four neighboring bytes: they are a word (`packing._words`), with bits so
+    placed that a shift and a mask bring two numbers at once to where a bfloat16x2 has sign, exponent and mantissa. 1.4
     integer operations and half a multiplication an element; spreading nibbles over 16-bit lanes would take 2.
     """
     return tl.inline_asm_elementwise(

@@ -1,0 +1,107 @@
+"""Four-bit weights as the kernels read them, decoded here by the layout's description and not by its code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from moe_core_triton.packing import halves, pack_width, pad_groups
+
+MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def random_codes(experts: int, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes 0 to 15 [E, N, K], and as schemes store them: uint8 [E, N, K / 2], the first of two in the low nibble."""
+    codes = torch.randint(0, 16, (experts, n, k), dtype=torch.uint8)
+    return codes, codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def padded(codes: torch.Tensor, width: int) -> torch.Tensor:
+    """[E, N, blocks, 2, width / 2]: both halves of every block, code 0 after the end of K."""
+    more = -codes.shape[-1] % width
+    return torch.nn.functional.pad(codes, (0, more)).unflatten(-1, (-1, 2, width // 2))
+
+
+def words_of(packed: torch.Tensor) -> torch.Tensor:
+    """int64 [.., bytes / 4]: four bytes from the lowest."""
+    return sum(packed.unflatten(-1, (-1, 4))[..., i].long() << 8 * i for i in range(4))  # type: ignore[return-value]
+
+
+SHAPES = pytest.mark.parametrize(("k", "width"), [(128, 128), (96, 128), (64, 64), (192, 64), (160, 128), (2, 8)])
+
+
+@SHAPES
+def test_halves(k: int, width: int) -> None:
+    codes, stored = random_codes(2, 3, k)
+    packed = halves(stored, width)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (2, 3, -(-k // width) * width // 2)
+    blocks, both = padded(codes, width), packed.unflatten(-1, (-1, width // 2))
+    assert torch.equal(both & 15, blocks[..., 0, :])
+    assert torch.equal(both >> 4, blocks[..., 1, :])
+
+
+@SHAPES
+def test_words_bit_by_bit(k: int, width: int) -> None:
+    """A 16-bit lane has, from the top, the signs of its codes 0, 2, 3 and 1 and the magnitudes of 3, 0, 1 and 2."""
+    codes, stored = random_codes(2, 3, k)
+    packed = halves(stored, width, words=True)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (2, 3, -(-k // width) * width // 2)
+    words = words_of(packed.unflatten(-1, (-1, width // 2)))
+    blocks = padded(codes, width).unflatten(-1, (-1, 4))  # [E, N, blocks, 2, words, 4]
+    low, high = blocks[..., 0, :, :].long(), blocks[..., 1, :, :].long()
+    for lane in (0, 1):
+        bits = words >> 16 * lane & 0xFFFF
+        held = (low[..., lane], low[..., lane + 2], high[..., lane], high[..., lane + 2])
+        for code, sign, magnitude in zip(held, (15, 12, 14, 13), (6, 3, 0, 9), strict=True):
+            assert torch.equal(bits >> sign & 1, code >> 3)
+            assert torch.equal(bits >> magnitude & 7, code & 7)
+
+
+def test_words_by_the_instructions_of_the_kernel() -> None:
+    """`kernels.unpack.e2m1_words` masks and shifts; its results are bfloat16 numbers, 2**-126 times too small."""
+    codes, stored = random_codes(1, 64, 128)
+    words = words_of(halves(stored, 128, words=True))[0]
+    pairs = (
+        words & 0x81C081C0,
+        words << 3 & 0x81C081C0,
+        (words << 6 & 0x01C001C0) | (words << 1 & 0x80008000),
+        (words >> 3 & 0x01C001C0) | (words << 2 & 0x80008000),
+    )
+    found = []
+    for pair in pairs:
+        for lane in (0, 1):
+            half = pair >> 16 * lane & 0xFFFF
+            value = (half - (half >> 15 << 16)).to(torch.int16).view(torch.bfloat16)
+            found.append(value.double() * 2.0**126)
+    table = torch.tensor(MAGNITUDES, dtype=torch.float64)
+    wanted = (table[(codes & 7).long()] * (1 - 2.0 * (codes >> 3)))[0].view(64, 2, 16, 4)
+    for i in range(4):
+        assert torch.equal(found[i], wanted[:, 0, :, i])
+        assert torch.equal(found[4 + i], wanted[:, 1, :, i])
+
+
+def test_an_output_is_written_in_place() -> None:
+    _, stored = random_codes(2, 4, 96)
+    for words in (False, True):
+        out = torch.full((2, 4, 64), 255, dtype=torch.uint8)
+        assert halves(stored, 128, words=words, out=out) is out
+        assert torch.equal(out, halves(stored, 128, words=words))
+
+
+def test_pad_groups() -> None:
+    scale = torch.rand(2, 3, 3) + 1  # K = 96 in groups of 32, in blocks of 128: four groups
+    wide = pad_groups(scale, 96, 128, 32)
+    assert wide.shape == (2, 3, 4)
+    assert torch.equal(wide[..., :3], scale)
+    assert not wide[..., 3].any()
+    assert torch.equal(pad_groups(scale, 96, 32, 32), scale)
+    zero = torch.randint(0, 16, (1, 2, 3), dtype=torch.uint8)
+    assert pad_groups(zero, 192, 128, 64).tolist() == [[[*row, 0] for row in zero[0].tolist()]]
+
+
+@pytest.mark.parametrize(("group", "in_loop"), [(32, 64), (64, 128), (128, 128)])
+def test_a_half_of_a_block_has_one_scale_in_the_loop(group: int, in_loop: int) -> None:
+    assert pack_width(group, scale_in_loop=True) == in_loop
+    assert (in_loop // 2) % group == 0 or group % (in_loop // 2) == 0
+    assert pack_width(group, scale_in_loop=False) == 128
