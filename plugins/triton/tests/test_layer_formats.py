@@ -182,16 +182,18 @@ def test_batched_rows_of_a_larger_buffer(lab: Any) -> None:
     lab.close(result, lab.expected(config, *layer), config)
 
 
-def test_scales_that_lie_column_major(lab: Any) -> None:
+@pytest.mark.parametrize("experts", [1, 6])
+@pytest.mark.parametrize("dispatcher", ["testing_standard", "testing_batched", "testing_grouped"])
+def test_scales_that_lie_column_major(lab: Any, dispatcher: str, experts: int) -> None:
     """DeepEP's scales of groups of 128 are handed out transposed: logical shape, other strides."""
-    config = lab.config(scheme="fp8_block128")
+    config = lab.config(scheme="fp8_block128", num_experts=experts, top_k=min(2, experts))
     layer = lab.layer(config)
-    plan = lab.plan(config, layer.weights, dispatcher="testing_batched")
+    plan = lab.plan(config, layer.weights, dispatcher=dispatcher)
     if _terms(plan).payload != "fp8_group128":
         pytest.skip("tokens are not quantized here")
     state = RunningState()
     given = plan.dispatch(layer.hidden, layer.topk, state)
-    turned = given.hidden_scale.transpose(1, 2).contiguous().transpose(1, 2)
+    turned = given.hidden_scale.transpose(-2, -1).contiguous().transpose(-2, -1)
     result = _steps(plan, replace(given, hidden_scale=turned), state)
     lab.close(result, lab.expected(config, *layer), config)
 

@@ -220,3 +220,25 @@ def test_layers_of_models_in_their_size(lab: Any, model: str, tokens: int) -> No
         sizes |= {"hidden_size": 2048, "intermediate_size": 1408}
     config = lab.config(**(sizes | MODELS[model]))
     lab.verify(config, lab.layer(config, tokens=tokens, pattern="dropped"), "fused")
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("path", ["fused", "split"])
+def test_outputs_of_any_strides(lab: Any, path: str, tokens: int, top_k: int) -> None:
+    """Padded rows, columns that are not side by side, slots of a wider tensor: nothing beside the output is written."""
+    for no_combine in (False, True):
+        config = lab.config(no_combine=no_combine, top_k=top_k, bias=True)
+        layer = lab.layer(config, tokens=tokens, pattern="dropped")
+        plan = lab.plan(config, layer.weights, path)
+        expected = lab.expected(config, *layer)
+        wide = [*expected.shape[:-1], expected.shape[-1] + 8]
+        frames = [torch.full(wide, 7.0, dtype=expected.dtype, device=expected.device)]
+        views = [frames[0][..., : expected.shape[-1]]]
+        frames.append(torch.full(expected.shape[::-1], 7.0, dtype=expected.dtype, device=expected.device))
+        views.append(frames[1].permute(*range(expected.dim() - 1, -1, -1)))
+        for view in views:
+            result = plan(layer.hidden, layer.topk, state=RunningState(output=view))
+            assert result.data_ptr() == view.data_ptr()
+            lab.close(view, expected, config, f"strides {view.stride()}")
+        assert bool((frames[0][..., expected.shape[-1] :] == 7.0).all())

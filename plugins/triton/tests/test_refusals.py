@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from moe_core_triton.configs.candidates import specialized
+from moe_core_triton.configs.config import LayerConfig, Problem
+from moe_core_triton.planning import Planner
 
 import moe_core
 from moe_core import Activation, MoeConfig
@@ -14,6 +17,7 @@ from moe_core.errors import ContractViolation, UnsupportedOverride, WeightError
 from moe_core.hardware import profile
 from moe_core.settings import Settings
 from moe_core.topk import TopKOutput
+from moe_core.vocabulary import Phase
 
 
 def _codes(lab: Any, config: MoeConfig, hardware: Any, runner: str = "triton", **request: Any) -> set[str]:
@@ -157,3 +161,35 @@ def test_the_checked_mode_names_bad_ids(lab: Any) -> None:
     layer.topk.topk_ids[1, 0] = 99
     with pytest.raises(ContractViolation, match="99"):
         plan(layer.hidden, layer.topk)
+
+
+@pytest.mark.parametrize(
+    ("code", "asked"),
+    [("feature", {"graph_capture": {Phase.DECODE}}), ("feature.host_sync", {"no_host_sync": {Phase.DECODE}})],
+)
+def test_hooks_bring_a_count_to_the_host(lab: Any, code: str, asked: dict[str, Any]) -> None:
+    """Explained for hardware that is not here; without hooks the same request is served."""
+    here = profile("h200")
+    assert code not in _codes(lab, _config(), here, **asked)
+    assert code in _codes(lab, _config(), here, hooks={"after_down"}, **asked)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("scheme", ["bf16", "fp8_block128"])
+def test_what_no_specialized_kernel_computes_is_computed_all_the_same(
+    lab: Any, scheme: str, bias: bool, on_input: bool
+) -> None:
+    """A tuned configuration names the specialised kernels; the layer has something that they have not."""
+    config = lab.config(
+        scheme=scheme, bias=bias, router_weight_on_input=on_input, hidden_size=256, intermediate_size=128
+    )
+    layer = lab.layer(config, tokens=40)
+    plan = lab.plan(config, layer.weights, "fused")
+    one = specialized(Problem(8, 2, 256, 128, scheme=scheme, specialized=True))
+    fixed = LayerConfig("tiles", 128, one, one)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Planner, "__call__", lambda self, tokens: fixed)
+        patch.setattr(Planner, "tiles", lambda self, tokens: fixed)
+        result = plan(layer.hidden, layer.topk)
+    lab.close(result, lab.expected(config, *layer), config)

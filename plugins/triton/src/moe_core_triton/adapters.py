@@ -24,7 +24,9 @@ from moe_core_triton.sequence import LayerSequence
 from moe_core_triton.weights import TritonWeights
 
 
-def _standard_rows(d: StandardDispatchOutput, mapped: bool) -> ExpertRows:
+def _standard_rows(d: StandardDispatchOutput, mapped: bool, weighs: bool) -> ExpertRows:
+    if weighs and d.topk_weights is None:
+        raise ContractViolation("the runner multiplies by the router's weight, but the standard rows carry none")
     if d.topk_ids is None:
         raise ContractViolation("the triton runner needs top-k ids, but the router was bypassed")
     return ExpertRows(
@@ -45,16 +47,16 @@ def _mapped(binding: Binding) -> bool:
 
 def standard_reader(binding: Binding) -> Callable[[StandardDispatchOutput], ExpertRows]:
     """What `LayerSequence.prepare` takes, from a dispatch output of the format `standard`."""
-    mapped = _mapped(binding)
-    return lambda d: _standard_rows(d, mapped)
+    mapped, weighs = _mapped(binding), _weighs(binding)
+    return lambda d: _standard_rows(d, mapped, weighs)
 
 
 def pre_standard(binding: Binding) -> Callable[..., Call]:
     """Pre-permute of the format `standard`."""
-    layer, mapped = LayerSequence(binding), _mapped(binding)
+    layer, read = LayerSequence(binding), standard_reader(binding)
 
     def pre(d: StandardDispatchOutput, q: TritonWeights, c: MoeConfig, s: RunningState) -> Call:
-        call = layer.prepare(_standard_rows(d, mapped), q, s)
+        call = layer.prepare(read(d), q, s)
         call.layer, call.handle = layer, d.handle
         return call
 
@@ -72,10 +74,10 @@ def post_standard(binding: Binding) -> Callable[..., StandardCombineInput]:
 
 def fused_standard(binding: Binding) -> Callable[..., StandardCombineInput]:
     """The same steps in one call."""
-    layer, mapped = LayerSequence(binding), _mapped(binding)
+    layer, read = LayerSequence(binding), standard_reader(binding)
 
     def fused(d: StandardDispatchOutput, q: TritonWeights, c: MoeConfig, s: RunningState) -> StandardCombineInput:
-        call = layer.compute(layer.prepare(_standard_rows(d, mapped), q, s), q, s)
+        call = layer.compute(layer.prepare(read(d), q, s), q, s)
         return StandardCombineInput(layer.finish(call, s), d.handle)
 
     return fused

@@ -20,7 +20,7 @@ _TRITON = Requires(
 )
 
 _ACTIVATIONS = frozenset({"silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai", "identity"})
-_FEATURES = frozenset({"bias", "router_weight_on_input", "no_combine", "inplace", "lora", "deterministic", "compile"})
+_FEATURES = frozenset({"bias", "router_weight_on_input", "no_combine", "inplace", "lora", "deterministic"})
 
 RUNNER = RunnerSpec(
     name="triton",
@@ -60,6 +60,7 @@ RUNNER = RunnerSpec(
         max_experts=1024,
         requires=(_TRITON,),
     ),
+    why_not="moe_core_triton.limits:hooks",
 )
 
 # The same kernels on a CPU, in Triton's interpreter: for tests and for reading along, hundreds of times slower than any
@@ -76,12 +77,11 @@ INTERPRETER = RunnerSpec(
         devices={"cpu": ("*",)},
         scheme_archs={},
         dtypes=frozenset({"float16", "float32"}),
-        features=_FEATURES - {"compile"},
         graph_capture=frozenset(),
     ),
     priority=1000,
     last_resort=True,
-    why_not="moe_core_triton.interpreter:why_not",
+    why_not="moe_core_triton.limits:interpreter",
 )
 
 # Tokens that arrive quantized as the layer's scheme asks save half the traffic and a kernel here.

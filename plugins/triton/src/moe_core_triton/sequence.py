@@ -28,6 +28,11 @@ from moe_core_triton.row_table import RowTable, most_tiles
 from moe_core_triton.weights import Projection, TritonWeights
 
 
+def _takes_rows(given: Tensor) -> bool:
+    """Whether kernels can write rows there: any row stride, but columns side by side, and slots as rows."""
+    return given.is_contiguous() or (given.dim() == 2 and given.stride(1) == 1)
+
+
 class LayerSequence:
     """The steps of one layer on one path of a plan; holds no tensors."""
 
@@ -48,6 +53,8 @@ class LayerSequence:
         """Everything before GEMM1."""
         if rows.data.stride(-1) != 1:
             rows.data = rows.data.contiguous()
+        if rows.scale is not None and rows.scale.stride(-1) != 1:
+            rows.scale = rows.scale.contiguous()
         if rows.data.shape[0] == 0 or self.experts == 0:
             return Call(rows, None)
         config = self.planner(rows.tokens)
@@ -64,10 +71,11 @@ class LayerSequence:
         return call
 
     def _specializes(self, rows: ExpertRows, weights: TritonWeights, state: RunningState) -> bool:
-        """Whether the specialized kernels compute this layer: no bias, weighed input, hook, or payload from outside."""
+        """Whether the specialized kernels compute this layer: no bias, weighed input or hook, and aligned memory."""
         up, down = weights.up, weights.down
         plain = up.bias is None and down.bias is None and not self.weigh_input and state.hooks is None
-        aligned = rows.data.stride(0) * rows.data.element_size() % 16 == 0 and rows.data.data_ptr() % 16 == 0
+        aligned = rows.data.stride(0) * rows.data.element_size() % 16 == 0
+        aligned = aligned and all(t.data_ptr() % 16 == 0 for t in (rows.data, up.data, down.data))
         fits = up.parts == 2 and not up.n % 8 and not up.k % 8 and hopper.available(rows.data.device)
         if self.payload == "fp8_group128":
             fits = fits and not up.n % 128 and not up.k % 128
@@ -107,9 +115,10 @@ class LayerSequence:
         return call
 
     def output(self, rows: ExpertRows, state: RunningState) -> Tensor:
-        """Where the result goes: the caller's tensor if there is one."""
-        if state.output is not None and rows.ids is not None:
-            return state.output
+        """Where the result goes: the caller's tensor if there is one that kernels can write rows to."""
+        given = state.output
+        if given is not None and rows.ids is not None and _takes_rows(given):
+            return given
         shape = [rows.data.shape[0], self.config.hidden_size]
         if rows.ids is not None and not self.sums:
             shape.insert(1, self.top_k)
@@ -190,6 +199,12 @@ class LayerSequence:
 
     def finish(self, call: Call, state: RunningState) -> Tensor:
         """The sum over slots, and the router weight where a hook kept it out of GEMM2. [T, H], [T, K, H] or [R, H]."""
+        result = self._finished(call, state)
+        if state.output is None or call.rows.ids is None or result is state.output:
+            return result
+        return state.output.copy_(result)
+
+    def _finished(self, call: Call, state: RunningState) -> Tensor:
         rows = call.rows
         if call.complete:
             return call.result

@@ -195,6 +195,8 @@ class Problem:
             raise ValueError(f"{key!r} is not the key of a problem")
         experts, top_k, hidden, intermediate = (int(text) for text in found.groups()[:4])
         group = int(found[8]) if found[8] else None
+        if not 1 <= min(experts, top_k, hidden, intermediate) <= max(experts, top_k, hidden, intermediate) < 1 << 31:
+            raise ValueError(f"{key!r} has sizes that no layer has")
         return cls(experts, top_k, hidden, intermediate, found[5] == "gated", found[6], found[7], group)
 
     @cached_property

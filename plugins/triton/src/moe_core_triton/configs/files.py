@@ -19,6 +19,10 @@ RUNNER: Final = "triton"
 SHIPPED: Final = Path(__file__).parent / "shipped"
 
 
+#: Token counts from here on are nobody's.
+MOST: Final = 1 << 31
+
+
 class Where(NamedTuple):
     """What was measured on: the product's name, its architecture, Triton's major.minor."""
 
@@ -53,7 +57,7 @@ class Store:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"the tuning file {str(path)!r} cannot be read: {error.strerror}") from error
-        except ValueError as error:  # bad JSON, or no text
+        except (ValueError, RecursionError) as error:  # bad JSON, or no text
             raise _bad(path, f"is not valid JSON: {error}") from error
         if not isinstance(document, dict) or document.get("runner") != RUNNER:
             found = document.get("runner") if isinstance(document, dict) else None
@@ -140,8 +144,9 @@ def _table(value: Any) -> Table:
     for key, row in value.items():
         Problem.parse(key)
         table[key] = {int(tokens): _entry(entry) for tokens, entry in row.items()}
-        if table[key] and min(table[key]) < 1:
-            raise ValueError(f"{key} with {min(table[key])} tokens")
+        bad = [tokens for tokens in table[key] if not 1 <= tokens < MOST]
+        if bad:
+            raise ValueError(f"{key} with {bad[0]} tokens")
     return table
 
 

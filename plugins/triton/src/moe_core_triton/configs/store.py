@@ -30,6 +30,8 @@ MANY: Final = 256
 FARTHEST: Final = 2.0
 #: A neighbour's configuration is not taken where the model expects it to be that much slower than its own.
 DOUBT: Final = 1.3
+#: Nor another token count's of the same problem, where the right one's may not run here.
+SUBSTITUTE: Final = 1.05
 #: Token counts to look up when nobody said how many there may be.
 USUAL_TOKENS: Final = 16384
 
@@ -145,9 +147,20 @@ class Configs:
                 fits = where.device == self.device.name and (where.triton == self._triton) is same
                 if source == wanted and fits and self.problem.key in table:
                     entry = self._nearest(table[self.problem.key], self.local(tokens), self.problem, tokens, tiny)
-                    if entry is not None:
+                    if entry is not None and not self._doubted(entry, table[self.problem.key], tokens, tiny):
                         return Choice(entry.config, source, f"{label} (Triton {where.triton})", entry)
         return None
+
+    def _doubted(self, entry: Entry, row: Mapping[int, Entry], tokens: int, tiny: bool) -> bool:
+        """Whether what was tuned nearest may not run here, and the model prefers its own choice to the next nearest."""
+        local = self.local(tokens)
+        nearest = min(row, key=lambda count: (abs(math.log2(local / count)), -count))
+        if row[nearest] is entry:
+            return False
+        call = tokens if tiny else max(tokens, TINY_POSITIONS + 1)
+        best = candidates(self.problem, local, self.device, limit=1, call_tokens=call)[0]
+        mine = model.seconds(self.problem, entry.config, local, self.device)
+        return mine > SUBSTITUTE * model.seconds(self.problem, best, local, self.device)
 
     def _neighbor(self, tokens: int, best: LayerConfig, tiny: bool) -> Choice | None:
         """The nearest measured problem whose configuration is legal here, and which the model does not doubt."""
