@@ -122,4 +122,5 @@ def test_everything_compiles(tmp_path: Path, target: str) -> None:
     _needs_kernels()
     found = _report(tmp_path, "--targets", target)
     assert found["summary"]["failed"] == 0
-    assert found["summary"]["never_launched"] == []
+    # The specialised kernels are an option, off unless asked for, and of one architecture: their GPU tests launch them.
+    assert [name for name in found["summary"]["never_launched"] if ".hopper_" not in name] == []

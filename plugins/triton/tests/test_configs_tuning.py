@@ -171,6 +171,7 @@ def job(store: Path, **changes) -> SimpleNamespace:
         local_intermediate_size=32,
         format=STANDARD,
         parallel=moe_core.ParallelConfig(ep_size=2),
+        options={},
     )
     values = {"binding": binding, "tokens": (1, 64), "budget_s": 5.0, "store": store, "progress": lambda text: None}
     return SimpleNamespace(**values | changes)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from moe_core import hookimpl
 from moe_core.capability import Requires, Support
 from moe_core.specs import AdapterSpec, FusedSpec, PluginInfo, RunnerSpec, Wants
-from moe_core.vocabulary import BATCHED, GROUPED, STANDARD, DroppedSlot, IdSpace, Phase, Step
+from moe_core.vocabulary import BATCHED, GROUPED, STANDARD, DroppedSlot, IdSpace, Maturity, Phase, Step
 
 _FP8_ARCHS = (">=sm_89", "gfx942", "gfx950")
 
@@ -31,6 +31,13 @@ RUNNER = RunnerSpec(
     router="moe_core_triton.routing:router",
     tune="moe_core_triton.tune:tune",
     layouts=frozenset({"rows"}),
+    # Evidence: docs/maturity.md.
+    maturity={
+        "sm_90": Maturity.EXECUTED,
+        "sm_100": Maturity.COMPILED,
+        "gfx942": Maturity.COMPILED,
+        "gfx950": Maturity.COMPILED,
+    },
     options={
         "specialized": "use the warp-specialized kernels where a tuned configuration names them (sm_90; default: false)"
     },
@@ -79,7 +86,8 @@ INTERPRETER = RunnerSpec(
         dtypes=frozenset({"float16", "float32"}),
         graph_capture=frozenset(),
     ),
-    priority=1000,
+    maturity={"x86_64": Maturity.EXECUTED},
+    priority=-1,
     last_resort=True,
     why_not="moe_core_triton.limits:interpreter",
 )
