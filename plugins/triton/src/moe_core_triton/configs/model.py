@@ -195,7 +195,8 @@ def gemm_seconds(
     # wgmma is asynchronous: with two stages the next load has to wait until it has read its operands.
     pace = issue + wait if warp_groups(gemm, device) and not tiny and gemm.num_stages == 2 else max(issue, wait / ahead)
     alone = wait + steps * pace + c.tile * (0.6 if gemm.persistent else 1.0)
-    mixed = max(instructions, vector) + 0.35 * min(instructions, vector)
+    # Tensor cores and vector units wait for each other in one program, and serve others meanwhile.
+    mixed = max(instructions, vector) + min(1.0, 1.05 / resident) * min(instructions, vector)
     busy = steps * (mixed * (1 + 0.05 / ahead) + step / (1 + resident)) + c.tile / 2
     whole, waves = max(resident * busy, alone), tiles / slots
     if waves <= 1:

@@ -170,6 +170,8 @@ class Configs:
                 continue
             other_machine = 0.25 * (where.device != self.device.name) + 0.25 * (where.triton != self._triton)
             for key in table:
+                if key == self.problem.key and where.device == self.device.name:
+                    continue  # it has been asked already
                 apart = other_machine + distance(self.problem, Problem.parse(key))
                 if apart <= FARTHEST:
                     found.append((apart, key, label, table[key]))
