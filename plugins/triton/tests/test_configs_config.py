@@ -18,9 +18,9 @@ LAYER = LayerConfig("tiles", 16, GEMM, replace(GEMM, swap=False, group_m=8, pers
 
 def test_json_and_text():
     assert LayerConfig.from_json(plain(LAYER.to_json())) == LAYER
-    assert "split_k" not in LAYER.up.to_json()
+    assert "specialized" not in LAYER.up.to_json()
     assert LAYER.text == "tiles m16 | 128x64 w4 s3 swap tma | 128x64 w4 s3 tma persistent group8"
-    assert replace(GEMM, split_k=4, tma=False).text == "128x64 w4 s3 swap split4"
+    assert replace(GEMM, group_m=4, tma=False).text == "128x64 w4 s3 swap group4"
 
 
 @pytest.mark.parametrize(

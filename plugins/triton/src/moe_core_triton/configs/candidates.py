@@ -12,7 +12,7 @@ from moe_core.errors import ConfigError
 from moe_core_triton.configs import model
 from moe_core_triton.configs.config import PATHS, TINY_POSITIONS, GemmConfig, LayerConfig, Problem
 from moe_core_triton.configs.device import Device
-from moe_core_triton.configs.routing import expected_tiles, padding
+from moe_core_triton.configs.routing import padding
 
 #: What the kernels take. A value that is not here is refused wherever it comes from, stored files included.
 BLOCK_M: Final = (8, 16, 32, 64, 128, 256)
@@ -24,7 +24,6 @@ WARPS: Final = (4, 8)
 PACKED_WARPS: Final = (1, 2, 4, 8)
 STAGES: Final = (2, 3, 4, 5, 6)
 GROUP_M: Final = (1, 4, 8, 16)
-SPLIT_K: Final[dict[str, tuple[int, ...]]] = {"up": (1,), "down": (1,)}
 #: Rows of GEMM2 count once for each slot of a token: a program has all of them.
 TINY_BLOCK_N: Final[dict[str, tuple[int, ...]]] = {"up": (2, 4, 8, 16, 32), "down": (1, 2, 4, 8)}
 TINY_BLOCK_K: Final = (64, 128, 256, 512, 1024)
@@ -80,7 +79,6 @@ def gemm_why_not(problem: Problem, part: str, gemm: GemmConfig, block_m: int, de
         "num_warps": TINY_WARPS if tiny else _warps(problem),
         "num_stages": TINY_STAGES if tiny else STAGES,
         "group_m": (1,) if tiny else GROUP_M,
-        "split_k": SPLIT_K[part],
     }
     for name, allowed in lists.items():
         if getattr(gemm, name) not in allowed:
@@ -91,8 +89,6 @@ def gemm_why_not(problem: Problem, part: str, gemm: GemmConfig, block_m: int, de
         return f"a tile of {rows} rows, and only {n} there"
     if gemm.block_k >= 2 * max(k, 16) and gemm.block_k not in (32, *traits.block_ks, TINY_BLOCK_K[0] if tiny else 32):
         return f"steps of {gemm.block_k}, and K is only {k}"
-    if gemm.split_k > 1 and gemm.split_k * gemm.block_k > k:
-        return f"{gemm.split_k} programs share the {k} of K"
     if traits.block_ks and gemm.block_k not in traits.block_ks and not tiny:
         return f"scales want steps of {traits.block_ks}"
     if tiny and traits.block_ks and gemm.block_k % traits.block_ks[0]:
@@ -152,8 +148,6 @@ def _tiles_why_not(problem: Problem, gemm: GemmConfig, block_m: int, device: Dev
         return f"the tensor-core instruction has {least} rows"
     if min(block_m, gemm.block_n) < (8 if gemm.swap and device.wide else 16):
         return "the tensor-core instruction has more columns"
-    if gemm.persistent and gemm.split_k > 1:
-        return "persistent programs do not split K"
     if held > MOST_ACCUMULATORS:
         return f"{held:.0f} accumulators a thread"
     if held < 2:
@@ -183,8 +177,8 @@ def gemms(problem: Problem, part: str, block_m: int, device: Device) -> Iterator
             continue  # legal, but half a line of shared memory a row: never the best
         switches = ((True, 1, False), (True, 8, False), (False, 1, False), (False, 8, False), (False, 8, True))
         for warps, stage, tma in product(_warps(problem), stages, (False, True)):
-            for split, (swap, group, persistent) in product(SPLIT_K[part], switches):
-                one = GemmConfig(block_n, block_k, warps, stage, swap, tma, group, persistent, split)
+            for swap, group, persistent in switches:
+                one = GemmConfig(block_n, block_k, warps, stage, swap, tma, group, persistent)
                 if gemm_why_not(problem, part, one, block_m, device) is None:
                     yield one
     for group in (8, 16):
@@ -215,7 +209,6 @@ def _timed(
     timed = [
         (model.gemm_seconds(problem, part, gemm, block_m, tokens, device), i, gemm)
         for i, gemm in enumerate(_legal(problem, part, block_m, device))
-        if gemm.split_k == 1 or _scarce(problem, part, gemm, block_m, tokens, device)
     ]
     return tuple((seconds, gemm) for seconds, _, gemm in sorted(timed))
 
@@ -264,7 +257,7 @@ def gemm_candidates(
 
 def gemm_moves(gemm: GemmConfig) -> Iterator[GemmConfig]:
     """Configurations that differ in one thing, legal or not: a size doubled or halved, a switch turned."""
-    for name in ("block_n", "block_k", "num_warps", "split_k"):
+    for name in ("block_n", "block_k", "num_warps"):
         for value in (getattr(gemm, name) // 2, getattr(gemm, name) * 2):
             yield replace(gemm, **{name: value})
     # The same bytes in flight, in other pieces; the same work of a thread.
@@ -283,13 +276,6 @@ def gemm_moves(gemm: GemmConfig) -> Iterator[GemmConfig]:
 def _like(one: GemmConfig, other: GemmConfig) -> int:
     shape = (one.block_n, one.block_k, one.swap) == (other.block_n, other.block_k, other.swap)
     return shape + (shape and one.num_warps == other.num_warps) + (shape and one.tma == other.tma)
-
-
-def _scarce(problem: Problem, part: str, gemm: GemmConfig, block_m: int, tokens: int, device: Device) -> bool:
-    """Whether there are so few tiles that sharing their reductions may pay."""
-    positions, columns = tokens * problem.top_k, -(-problem.matrix(part)[0] // gemm.block_n)
-    tiles = positions if block_m == 1 else expected_tiles(problem.experts, problem.top_k, tokens, block_m)
-    return tiles * columns < 3 * device.processors
 
 
 def candidates(

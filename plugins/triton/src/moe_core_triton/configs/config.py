@@ -21,7 +21,7 @@ class GemmConfig:
     block_n: weight rows of a tile (gated GEMM1: gate and up rows together); block_k: reduction elements of a step.
     swap: weights on the M side of the tensor-core instruction. tma: weights by tensor descriptor. group_m: token tiles
     that share the weight tiles in the L2 cache. persistent: one program a slot of the device, looping over tiles.
-    split_k: programs that share the reduction of one tile. specialized: the warp-specialized kernel for Hopper.
+    specialized: the warp-specialized kernel for Hopper.
     """
 
     block_n: int
@@ -32,7 +32,6 @@ class GemmConfig:
     tma: bool
     group_m: int = 1
     persistent: bool = False
-    split_k: int = 1
     specialized: bool = False
 
     @property
@@ -41,7 +40,6 @@ class GemmConfig:
         words = [f"{self.block_n}x{self.block_k}", f"w{self.num_warps}", f"s{self.num_stages}"]
         words += [name for name in ("swap", "tma", "persistent", "specialized") if getattr(self, name)]
         words += [f"group{self.group_m}"] if self.group_m > 1 else []
-        words += [f"split{self.split_k}"] if self.split_k > 1 else []
         return " ".join(words)
 
     def to_json(self) -> dict[str, Any]:

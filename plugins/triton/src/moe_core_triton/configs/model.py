@@ -149,8 +149,8 @@ def gemm_seconds(
     tiles_m: float = positions if tiny else expected_tiles(problem.experts, problem.top_k, tokens, block_m)
     per_expert = tiles_m / active
     columns = math.ceil(n / gemm.block_n)
-    tiles = tiles_m * columns * gemm.split_k
-    steps = math.ceil(k / gemm.split_k / gemm.block_k)
+    tiles = tiles_m * columns
+    steps = math.ceil(k / gemm.block_k)
     together = lanes(problem, part) if tiny else 1
     if tiny and part == "down":  # a program has all slots of a token
         tiles = tokens * columns
@@ -169,9 +169,8 @@ def gemm_seconds(
             shared = 1.0 + 0.01 * math.log2(gemm.group_m)  # groups that are never full cost a little balance
     rows = positions if part == "down" else min(positions, tokens if tokens * k * 2 < device.l2_bytes else positions)
     results = positions * (n / (2 if part == "up" and problem.gated else 1)) * 2
-    partial = 2 * gemm.split_k * positions * n * 4 if gemm.split_k > 1 else 0
     rate = device.bandwidth * c.stream * (1.0 if gemm.tma else c.pointer_rate)
-    memory = active * weights * again / rate + (rows * k * traits.token_bytes + results + partial) / device.bandwidth
+    memory = active * weights * again / rate + (rows * k * traits.token_bytes + results) / device.bandwidth
 
     # Bytes from the L2 cache to the processors.
     per_step = together * gemm.block_k * (block_m * traits.token_bytes + gemm.block_n * traits.weight_bytes)
@@ -206,7 +205,7 @@ def gemm_seconds(
     # A smooth maximum: what is nearly as scarce as the scarcest delays it a little, and decides between equals.
     scarce = max(memory, cache, compute)
     soft = scarce * sum((x / scarce) ** 6 for x in (memory, cache, compute)) ** (1 / 6)
-    extra: float = c.launch if gemm.split_k > 1 else 0.0
+    extra = 0.0
     if part == "up" and not tiny and traits.token_bytes == 1 and not _quantizes(problem, gemm):
         extra += c.launch + 3 * positions * problem.intermediate / device.bandwidth
     extra += c.tail * (steps * pace if waves > 1 else 0.0)
