@@ -126,6 +126,11 @@ def update(quant_info: TritonWeights, weights: CanonicalWeights, binding: Bindin
                 "the static input scales were the same for all experts when the plan was made, and differ now",
                 hint="make the plan anew: tokens quantized once, and graphs captured so, cannot serve them",
             )
+        if held.pack != fresh.pack:
+            raise WeightError(
+                f"weights kept as {held.pack} would have to be kept as {fresh.pack} now: scales over 2**65 came or went",
+                hint="make the plan anew",
+            )
     for held, fresh in zip((quant_info.up, quant_info.down), fresh_pair, strict=True):
         for part in ("data", "scale", "zero", "bias", "input_scale"):
             old, new = getattr(held, part), getattr(fresh, part)
@@ -147,8 +152,10 @@ def _projection(weights: CanonicalWeights, name: str, parts: int, binding: Bindi
         group = layout.columns if layout is not None else 0
         # float16 has too few exponents for e8m0: there, and for int4, the scale multiplies the product of a half.
         width = pack_width(group, scale_in_loop=pack == "int4" or binding.dtype is torch.float16)
-        # The words of `kernels.unpack.e2m1_words` need bfloat16 and NVIDIA's instructions.
+        scale = scale.view(torch.uint8) if scale.element_size() == 1 else scale
+        # The words of `kernels.unpack.e2m1_words` need bfloat16 and NVIDIA's instructions, and no scale over 2**65.
         words = pack == "mxfp4" and binding.dtype is torch.bfloat16 and is_nvidia(data.device)
+        words = words and not bool(((scale > 192) & (scale < 255)).any())
         data = halves(data, width, words=words)
         scale = pad_groups(scale, k, width, group)
         zero = None if zero is None else pad_groups(zero, k, width, group)
