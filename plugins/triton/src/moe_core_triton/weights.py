@@ -128,7 +128,7 @@ def update(quant_info: TritonWeights, weights: CanonicalWeights, binding: Bindin
             )
         if held.pack != fresh.pack:
             raise WeightError(
-                f"weights kept as {held.pack} would have to be kept as {fresh.pack} now: scales over 2**65 came or went",
+                f"weights kept as {held.pack} would have to be {fresh.pack} now: scales over 2**65 came or went",
                 hint="make the plan anew",
             )
     for held, fresh in zip((quant_info.up, quant_info.down), fresh_pair, strict=True):
