@@ -243,3 +243,23 @@ def test_what_is_shipped_serves_plans_without_the_specialized_kernels():
                 configs = Configs(problem, H200, triton="3.6")
                 for tokens in (1, 8, 64, 256, 1024, 4096, 16384):
                     assert why_not(problem, configs(tokens), H200, tokens) is None
+
+
+def test_what_was_tuned_with_specialized_kernels_is_kept_apart():
+    plain = Problem.parse("E128k8H2048I768-gated-bfloat16-bf16")
+    asked = Problem.parse(f"{plain.key}+specialized")
+    assert asked == replace(plain, specialized=True)
+    assert Problem.parse(asked.key) == asked
+    mine, theirs = (Configs(problem, H200, triton="3.6").choose(4096) for problem in (plain, asked))
+    assert not any(gemm.specialized for gemm in (mine.config.up, mine.config.down))
+    assert theirs.source == "shipped"
+    assert any(gemm.specialized for gemm in (theirs.config.up, theirs.config.down))
+    # Where nothing was tuned with them, what everybody can use is theirs too.
+    packed = Problem.parse("E128k4H2880I2880-gated-bfloat16-mxfp4_w4a16+specialized")
+    assert Configs(packed, H200, triton="3.6").choose(64).source == "shipped"
+
+
+def test_a_shipped_entry_far_away_is_doubted():
+    """Shipped for 256 tokens at most: for 1024 the model's own choice is better."""
+    found = Configs(Problem.parse("E128k8H2048I768-gated-bfloat16-bf16"), H200, triton="3.6").choose(1024)
+    assert found.config.block_m >= 64

@@ -139,14 +139,14 @@ _SCHEMES: Final[Mapping[str, Traits]] = {
     "mxfp4_w4a16": Traits(0.5, dequant=3.0, two_level=True, swap_only=True, block_ks=(128,)),
 }
 _ITEM_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-_KEY = re.compile(r"E(\d+)k(\d+)H(\d+)I(\d+)-(gated|plain)-([a-z]+\d+)-([a-z]\w*?)(?:\.g(\d+))?")
+_KEY = re.compile(r"E(\d+)k(\d+)H(\d+)I(\d+)-(gated|plain)-([a-z]+\d+)-([a-z]\w*?)(?:\.g(\d+))?(\+specialized)?")
 
 
 @dataclass(frozen=True)
 class Problem:
     """A layer as its kernels see it: this rank's experts and intermediate size.
 
-    specialized: whether the warp-specialized kernels may be chosen; no part of the key.
+    specialized: whether the warp-specialized kernels may be chosen.
 
     tokens, wherever they go with a problem, are those whose top_k experts are all here: positions / top_k. With expert
     parallelism over replicated tokens that is a share of a call's tokens (see `local_tokens`).
@@ -180,10 +180,14 @@ class Problem:
 
     @cached_property
     def key(self) -> str:
-        """ "E128k8H2048I768-gated-bfloat16-fp8_block128", with ".g32" behind a scheme with groups of 32."""
+        """ "E128k8H2048I768-gated-bfloat16-fp8_block128", with ".g32" behind a scheme with groups of 32.
+
+        "+specialized" at the end keeps what was tuned with those kernels apart from what everybody can use.
+        """
         group = f".g{self.group_size}" if self.group_size else ""
         sizes = f"E{self.experts}k{self.top_k}H{self.hidden}I{self.intermediate}"
-        return f"{sizes}-{'gated' if self.gated else 'plain'}-{self.dtype}-{self.scheme}{group}"
+        kernels = "+specialized" if self.specialized else ""
+        return f"{sizes}-{'gated' if self.gated else 'plain'}-{self.dtype}-{self.scheme}{group}{kernels}"
 
     @classmethod
     def parse(cls, key: str) -> Self:
@@ -195,7 +199,7 @@ class Problem:
         group = int(found[8]) if found[8] else None
         if not 1 <= min(experts, top_k, hidden, intermediate) <= max(experts, top_k, hidden, intermediate) < 1 << 31:
             raise ValueError(f"{key!r} has sizes that no layer has")
-        return cls(experts, top_k, hidden, intermediate, found[5] == "gated", found[6], found[7], group)
+        return cls(experts, top_k, hidden, intermediate, found[5] == "gated", found[6], found[7], group, bool(found[9]))
 
     @cached_property
     def traits(self) -> Traits:

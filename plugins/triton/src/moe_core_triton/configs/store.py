@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,8 +31,9 @@ MANY: Final = 256
 FARTHEST: Final = 2.0
 #: A neighbour's configuration is not taken where the model expects it to be that much slower than its own.
 DOUBT: Final = 1.3
-#: Nor another token count's of the same problem, where the right one's may not run here.
-SUBSTITUTE: Final = 1.05
+#: Nor is another token count's of the same problem: within a factor of 1.5 it is never doubted (in powers of two),
+#: within 2 as a neighbour's, further away at once.
+NEAR, SUBSTITUTE = 0.6, 1.05
 #: Token counts to look up when nobody said how many there may be.
 USUAL_TOKENS: Final = 16384
 
@@ -142,25 +144,30 @@ class Configs:
 
     def _exact(self, tokens: int, wanted: str, tiny: bool) -> Choice | None:
         """From the files, for this problem and device; another Triton's numbers after this one's."""
-        for same in (True, False):
+        for key, same in product(self._keys, (True, False)):
             for source, label, where, table in self._tables():
                 fits = where.device == self.device.name and (where.triton == self._triton) is same
-                if source == wanted and fits and self.problem.key in table:
-                    entry = self._nearest(table[self.problem.key], self.local(tokens), self.problem, tokens, tiny)
-                    if entry is not None and not self._doubted(entry, table[self.problem.key], tokens, tiny):
+                if source == wanted and fits and key in table:
+                    entry = self._nearest(table[key], self.local(tokens), self.problem, tokens, tiny)
+                    if entry is not None and (source == "tuned" or not self._doubted(entry, table[key], tokens, tiny)):
                         return Choice(entry.config, source, f"{label} (Triton {where.triton})", entry)
         return None
 
+    @property
+    def _keys(self) -> tuple[str, ...]:
+        """Whose entries are this problem's: its own, then those that need no specialized kernels."""
+        return tuple(dict.fromkeys((self.problem.key, replace(self.problem, specialized=False).key)))
+
     def _doubted(self, entry: Entry, row: Mapping[int, Entry], tokens: int, tiny: bool) -> bool:
-        """Whether what was tuned nearest may not run here, and the model prefers its own choice to the next nearest."""
+        """Whether it was tuned for another number of tokens, and the model expects its own choice to be faster."""
         local = self.local(tokens)
-        nearest = min(row, key=lambda count: (abs(math.log2(local / count)), -count))
-        if row[nearest] is entry:
+        apart = _apart(row, entry, local)
+        if apart < NEAR:
             return False
         call = tokens if tiny else max(tokens, TINY_POSITIONS + 1)
         best = candidates(self.problem, local, self.device, limit=1, call_tokens=call)[0]
         mine = model.seconds(self.problem, entry.config, local, self.device)
-        return mine > SUBSTITUTE * model.seconds(self.problem, best, local, self.device)
+        return mine > _limit(apart) * model.seconds(self.problem, best, local, self.device)
 
     def _neighbor(self, tokens: int, best: LayerConfig, tiny: bool) -> Choice | None:
         """The nearest measured problem whose configuration is legal here, and which the model does not doubt."""
@@ -170,20 +177,23 @@ class Configs:
                 continue
             other_machine = 0.25 * (where.device != self.device.name) + 0.25 * (where.triton != self._triton)
             for key in table:
-                if key == self.problem.key and where.device == self.device.name:
+                if key in self._keys and where.device == self.device.name:
                     continue  # it has been asked already
                 apart = other_machine + distance(self.problem, Problem.parse(key))
                 if apart <= FARTHEST:
                     found.append((apart, key, label, table[key]))
         local = self.local(tokens)
-        limit = DOUBT * model.seconds(self.problem, best, local, self.device) if found else 0.0
+        least = model.seconds(self.problem, best, local, self.device) if found else 0.0
         for _, key, label, row in sorted(found, key=lambda item: item[:3]):
             other = Problem.parse(key)
             # As many tokens as give an expert the same number.
             share = other.experts * self.problem.top_k / (other.top_k * self.problem.experts)
-            entry = self._nearest(row, max(1.0, local * share), other, tokens, tiny)
-            if entry is not None and model.seconds(self.problem, entry.config, local, self.device) <= limit:
-                return Choice(entry.config, "neighbor", f"{key} in {label}", entry)
+            wanted = max(1.0, local * share)
+            entry = self._nearest(row, wanted, other, tokens, tiny)
+            if entry is not None:
+                limit = _limit(_apart(row, entry, wanted)) * least
+                if model.seconds(self.problem, entry.config, local, self.device) <= limit:
+                    return Choice(entry.config, "neighbor", f"{key} in {label}", entry)
         return None
 
     def _nearest(
@@ -203,6 +213,16 @@ class Configs:
         for source, label, store in self._stores:
             for where, table in store.sections.items():
                 yield source, label, where, table
+
+
+def _apart(row: Mapping[int, Entry], entry: Entry, tokens: float) -> float:
+    """How far the token count of `entry` is from `tokens`, in powers of two."""
+    return abs(math.log2(tokens / next(count for count, found in row.items() if found is entry)))
+
+
+def _limit(apart: float) -> float:
+    """How much slower than its own choice the model may expect what was tuned that far away."""
+    return DOUBT if apart <= 1 else SUBSTITUTE
 
 
 def distance(one: Problem, other: Problem) -> float:
