@@ -13,7 +13,7 @@ from moe_core_triton.configs.candidates import candidates, why_not
 from moe_core_triton.configs.config import GemmConfig, LayerConfig, Problem
 from moe_core_triton.configs.device import GENERIC, known
 from moe_core_triton.configs.files import Entry, Store, Where
-from moe_core_triton.configs.store import Configs, configs_for, distance, lookup
+from moe_core_triton.configs.store import Configs, configs_for, distance
 
 import moe_core
 from moe_core.errors import ConfigError
@@ -162,15 +162,6 @@ def test_a_guess_is_said_once(write, caplog):
     assert problem.key in record.getMessage()
 
 
-def test_rows_for_reports(write):
-    rows = make(user=write("user.json", (8, tiles(8)))).describe((8, 4096))
-    assert rows[0]["source"] == "tuned"
-    assert rows[0]["measured_us"] == 80
-    assert rows[0]["config"] == tiles(8).text
-    assert (rows[1]["source"], rows[1]["measured_us"]) == ("model", None)
-    assert rows[1]["estimated_us"] > rows[0]["estimated_us"]
-
-
 def test_a_forward_looks_up_and_no_more(monkeypatch):
     configs = make()
     configs.warm(64)
@@ -192,10 +183,8 @@ def test_a_part_of_the_experts_has_a_part_of_the_tokens(write):
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    stores.lookup.cache_clear()
     stores._shared.cache_clear()
     yield tmp_path / "moe_core" / "tuning" / "triton.json"
-    stores.lookup.cache_clear()
     stores._shared.cache_clear()
 
 
@@ -203,15 +192,12 @@ def test_this_users_file_is_read_and_read_again_when_it_changes(home, monkeypatc
     monkeypatch.setattr(stores, "triton_version", lambda: "3.6")
     first = configs_for(QWEN, H200)
     assert configs_for(QWEN, H200) is first
-    assert lookup(QWEN, 8, H200).source in ("model", "shipped", "neighbor")
+    assert first.choose(8).source in ("model", "shipped", "neighbor")
     Store().with_entry(HERE, QWEN, 8, Entry(tiles(32), 1.0)).write(home)
-    assert configs_for(QWEN, H200)(8) == tiles(32)
-    stores.lookup.cache_clear()
-    assert lookup(QWEN, 8, H200).source == "tuned"
-    assert lookup(QWEN, 1, H200, tiny=False).config.path == "tiles"
-    assert lookup(QWEN, 8, H200, str(home.parent)).config == tiles(32)
-    with pytest.raises(ConfigError):
-        lookup(QWEN, 8, H200, str(home.parent / "none.json"))
+    again = configs_for(QWEN, H200)
+    assert again(8) == tiles(32)
+    assert again.choose(8).source == "tuned"
+    assert again.choose(1, tiny=False).config.path == "tiles"
 
 
 def test_bound_to_a_plan(home, tmp_path):

@@ -81,14 +81,6 @@ def test_words_by_the_instructions_of_the_kernel() -> None:
         assert torch.equal(found[4 + i], wanted[:, 1, :, i])
 
 
-def test_an_output_is_written_in_place() -> None:
-    _, stored = random_codes(2, 4, 96)
-    for words in (False, True):
-        out = torch.full((2, 4, 64), 255, dtype=torch.uint8)
-        assert halves(stored, 128, words=words, out=out) is out
-        assert torch.equal(out, halves(stored, 128, words=words))
-
-
 def test_pad_groups() -> None:
     scale = torch.rand(2, 3, 3) + 1  # K = 96 in groups of 32, in blocks of 128: four groups
     wide = pad_groups(scale, 96, 128, 32)

@@ -11,7 +11,7 @@ def pack_width(group: int, *, scale_in_loop: bool) -> int:
     return 2 * min(group, 64) if scale_in_loop else 128
 
 
-def halves(data: Tensor, width: int, *, words: bool = False, out: Tensor | None = None) -> Tensor:
+def halves(data: Tensor, width: int, *, words: bool = False) -> Tensor:
     """uint8 [E, N, K / 2], neighbors in a byte -> uint8 [E, N, ceil(K / width) * width / 2], block halves in a byte.
 
     K is padded with code 0. words: the bits as `_words` lays them. One expert at a time: the unpacked codes take as
@@ -20,8 +20,7 @@ def halves(data: Tensor, width: int, *, words: bool = False, out: Tensor | None 
     experts, n, half = data.shape
     k = 2 * half
     blocks = -(-k // width)
-    if out is None:
-        out = data.new_empty(experts, n, blocks * width // 2)
+    out = data.new_empty(experts, n, blocks * width // 2)
     for expert in range(experts):
         codes = data.new_zeros(n, blocks * width)
         codes[:, 0:k:2] = data[expert] & 15

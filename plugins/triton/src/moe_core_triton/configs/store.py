@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from moe_core.errors import ConfigError
-from moe_core.settings import Settings
 from moe_core.tuning import default_store, named_store
 from moe_core.vocabulary import STANDARD
 from moe_core_triton.configs import model
@@ -130,17 +129,6 @@ class Configs:
         if guessed:
             parts = [f"{name} (up to {max(found)} tokens)" for name, found in guessed.items()]
             _say_once(self.problem.key, self.device.name, ", ".join(parts))
-
-    def describe(self, tokens: Iterable[int]) -> list[dict[str, Any]]:
-        """Rows for a report: tokens, source, where, config as text, measured and estimated microseconds."""
-        rows = []
-        for count in tokens:
-            choice = self.choose(count)
-            estimate = 1e6 * model.seconds(self.problem, choice.config, self.local(count), self.device)
-            measured = choice.entry.us if choice.entry and choice.source in ("tuned", "shipped") else None
-            row = {"tokens": count, "source": choice.source, "where": choice.where, "config": choice.config.text}
-            rows.append(row | {"measured_us": measured, "estimated_us": round(estimate, 1)})
-        return rows
 
     def _exact(self, tokens: int, wanted: str, tiny: bool) -> Choice | None:
         """From the files, for this problem and device; another Triton's numbers after this one's."""
@@ -315,15 +303,3 @@ def _all_experts(binding: Any) -> int | None:
     """All of the layer's, where a call's tokens are those of all ranks: the other formats count what arrived here."""
     replicated = binding.format == STANDARD and binding.parallel.tokens == "replicated"
     return int(binding.config.num_experts) if replicated else None
-
-
-@lru_cache(maxsize=8192)
-def lookup(
-    problem: Problem, tokens: int, device: Device, store: str | Path | None = None, *, tiny: bool = True
-) -> Choice:
-    """One choice; the files are read once. store: as the setting `tuning`; tiny: whether the tiny path may be chosen.
-
-    A plan rather keeps its `Configs` (see `bound`), which hashes no problem in a forward and notices new files.
-    """
-    named = None if store is None else named_store(Settings(tuning=str(store)), RUNNER)
-    return configs_for(problem, device, named).choose(tokens, tiny=tiny)

@@ -17,14 +17,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-from moe_core.config import ACTIVATIONS, Activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,16 +200,3 @@ def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(
         matrix, [rows, columns], gl.NVMMASharedLayout(min(128, columns * size), 8 * size, 2)
     )
-
-
-def fits(dtype: torch.dtype, hidden: int, inter: int, block_m: int, activation: Activation) -> bool:
-    """Whether the Hopper kernels compute a layer of that shape; the device (exactly sm_90) is the caller's to check.
-
-    dtype: of the operands: bfloat16 or float16 (`hopper_gemm`), float8_e4m3fn for fp8_block128 (`hopper_fp8`).
-    """
-    if not activation.gated or activation.name not in ACTIVATIONS or min(hidden, inter) <= 0:
-        return False
-    if dtype == torch.float8_e4m3fn:
-        return block_m == 128 and hidden % 128 == 0 and inter % 128 == 0
-    # TMA wants rows of a multiple of 16 bytes.
-    return dtype in (torch.bfloat16, torch.float16) and block_m in (128, 256) and hidden % 8 == 0 and inter % 8 == 0

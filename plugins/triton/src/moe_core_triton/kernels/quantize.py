@@ -2,6 +2,9 @@
 
 The bits are why there are true divisions here and no multiplications by a reciprocal, and why magnitudes are compared
 as the int32 of a nonnegative float: the order is the same, a maximum needs no rounding, and a NaN is the largest.
+
+The epilogue of a GEMM that quantizes its own activations (`gemm.py`, `hopper_fp8.py`) multiplies by 1 / scale instead:
+there a code may differ from the codec's by one step.
 """
 
 from __future__ import annotations
