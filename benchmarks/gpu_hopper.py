@@ -37,17 +37,13 @@ class Variant:
 SHORT = ("qwen30 4k", "dsv3ep8 4k")
 VARIANTS = {
     "fp8": Variant(fp8=True),
-    "fp8lag1": Variant({"lag": 1}, {"lag": 1}, fp8=True, only=SHORT),
-    "fp8lag2": Variant({"lag": 2}, {"lag": 2}, fp8=True, only=SHORT),
-    "fp8nofence": Variant({"fence": False}, {"group_m": 16}, fp8=True, only=SHORT),
+    "fp8group": Variant({"group_m": 16}, {"group_m": 16}, fp8=True, only=SHORT),
     "fp8join": Variant({"split": False}, {"group_m": 4}, fp8=True, only=SHORT),
     "fp8pre": Variant(fp8=True, pre=True, only=SHORT),
     "base": Variant(),
-    "split": Variant({"split": True}, {"lag": 1}, only=SHORT),
-    "splitnofence": Variant({"split": True, "fence": False, "lag": 1}, {"lag": 2}, only=SHORT),
-    "pre": Variant({}, {"group_m": 16}, pre=True, only=SHORT),
-    "nofence": Variant({"fence": False}, {"group_m": 4}, only=SHORT),
-    "256x128": Variant({"fence": False, "block_n": 128}, {"block_n": 128}, block_m=256, only=SHORT),
+    "split": Variant({"split": True}, {"group_m": 16}, only=SHORT),
+    "pre": Variant(pre=True, only=SHORT),
+    "256x128": Variant({"block_n": 128}, {"block_n": 128}, block_m=256, only=SHORT),
 }
 # name: (experts, top_k, H, I, T, share of the slots that are dropped)
 TINY = {

@@ -8,9 +8,9 @@ parity (it // stages) & 1 of its `full`; a producer waits for the parity before 
 barrier passes. So a consumer is at most `stages` slots behind the other, and may run its epilogue meanwhile.
 A consumer whose half of a tile has no rows only passes the slots on: the other then has the tensor cores alone.
 
-`lead` (with a lag): in every tile the first consumer arrives once, when it has `lag` slots behind it, and the second
-waits for that before its first slot. The first can arrive for the next tile only once the second has freed a slot of
-this one (a tile has at least `stages` slots: the launcher sees to that), so the two are never two phases apart.
+Every barrier that is made here is waited on to the end. One that is not must not be made: the compiler reuses its
+memory for the epilogue's tiles, and a GPU that changes over to another process and back restores the barrier's word
+over what lies there by then (seen on an H200: eight bytes of a tile, in one run of three with eight processes).
 """
 
 from __future__ import annotations
@@ -32,13 +32,7 @@ class HopperConfig:
     block_k: int = 64
     stages: int = 4
     group_m: int = 8
-    lag: int = 0  # slots by which the second consumer starts behind the first, so that their epilogues do not coincide
-    fence: bool = True  # order cp.async's writes before wgmma's reads by a proxy fence, as PTX asks
     split: bool = False  # gather rows with two warps and fetch weights with a third, not both with the same four
-
-    def lag_for(self, width: int) -> int:
-        """The lag that a first operand of that many columns allows."""
-        return min(self.lag, self.stages - 1) if -(-width // self.block_k) >= self.stages else 0
 
 
 @gluon.jit
@@ -80,13 +74,11 @@ def make_ring(dtype: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.co
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    lead = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=FULL)
         mbarrier.init(empty.index(stage), count=2)
-    mbarrier.init(lead.index(0), count=1)
     fence_async_shared()
-    return a_ring, b_ring, full, empty, lead
+    return a_ring, b_ring, full, empty
 
 
 @gluon.jit

@@ -48,12 +48,12 @@ DEFAULT = HopperConfig(block_n=2 * GROUP, block_k=GROUP, split=True)
 
 @gluon.jit
 def _multiply(ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART: gl.constexpr, STAGES: gl.constexpr,
-              LAG: gl.constexpr, FENCE: gl.constexpr):  # fmt: skip
+              GATHERED: gl.constexpr):  # fmt: skip
     """The two halves of the columns of a consumer's half of a tile: [BM / 2, BN / 2] each, in float32, scaled.
 
     x_row: offsets [BM / 2] of the rows' first scales; w_row, w_row_2: those of the two halves of the columns.
     """
-    a_ring, b_ring, full, empty, lead = ring
+    a_ring, b_ring, full, empty = ring
     HALF: gl.constexpr = a_ring.shape[1] // 2
     COLS: gl.constexpr = b_ring.shape[1] // 2
     layout: gl.constexpr = acc_layout(COLS, 8)
@@ -63,7 +63,7 @@ def _multiply(ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART: gl
     for step in range(steps):
         stage = it % STAGES
         mbarrier.wait(full.index(stage), (it // STAGES) & 1)
-        if FENCE:
+        if GATHERED:  # as in hopper_gemm.py
             fence_async_shared()
         # Eight steps share a sector of each row's scales; even where it comes from L2, the product takes as long.
         xs = gl.load(x_scale + (x_row + step))
@@ -79,8 +79,6 @@ def _multiply(ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART: gl
         part = warpgroup_mma(a, b.slice(COLS, COLS).permute((1, 0)), fresh, use_acc=False, is_async=True)
         part = warpgroup_mma_wait(0, deps=(part,))
         mbarrier.arrive(empty.index(stage), count=1)
-        if PART == 0 and LAG > 0:
-            mbarrier.arrive(lead.index(0), count=1, pred=step == LAG - 1)
         right += part * (xs * ws_2)[:, None]
         it += 1
     return left, right
@@ -111,7 +109,7 @@ def _group_scales(value):
 @gluon.jit
 def _consume_up(ring, table, slots, scales, out, span, act, PART: gl.constexpr, ACT: gl.constexpr,
                 HAS_LIMIT: gl.constexpr, HAS_SLOTS: gl.constexpr, TOP_K: gl.constexpr, GROUP_M: gl.constexpr,
-                STAGES: gl.constexpr, LAG: gl.constexpr, FENCE: gl.constexpr):  # fmt: skip
+                STAGES: gl.constexpr):  # fmt: skip
     x_scale, x_scale_stride, w_scale = scales
     h, h_stride, h_scale, h_scale_stride = out
     live, n_tiles, _, K = span
@@ -138,22 +136,10 @@ def _consume_up(ring, table, slots, scales, out, span, act, PART: gl.constexpr, 
             expert, n, start, count, slot = _next_rows(
                 tile + gl.num_programs(0), total, table, slots, rows_mma, live, n_tiles, BM, GROUP_M, HAS_SLOTS
             )
-            if PART == 1 and LAG > 0:
-                mbarrier.wait(ring[4].index(0), (tile // gl.num_programs(0)) & 1)
             if last > PART * HALF:
+                w_row_2 = w_row + n_tiles * steps
                 gate, up = _multiply(
-                    ring,
-                    it,
-                    steps,
-                    x_scale,
-                    x_row,
-                    w_scale,
-                    w_row,
-                    w_row + n_tiles * steps,
-                    PART,
-                    STAGES,
-                    LAG,
-                    FENCE,
+                    ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART, STAGES, HAS_SLOTS
                 )
                 value = activate(gate, up, ACT, act[0], act[1], act[2], HAS_LIMIT)
                 scale = _group_scales(value)
@@ -169,8 +155,8 @@ def _consume_up(ring, table, slots, scales, out, span, act, PART: gl.constexpr, 
 
 @gluon.jit
 def _consume_down(ring, table, slots, scales, row_weights, y, y_stride, span, factor, PART: gl.constexpr,
-                  HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
-                  LAG: gl.constexpr):  # fmt: skip
+                  HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr, GROUP_M: gl.constexpr,
+                  STAGES: gl.constexpr):  # fmt: skip
     x_scale, x_scale_stride, w_scale = scales
     live, n_tiles, columns, K = span
     BM: gl.constexpr = ring[0].shape[1]
@@ -202,11 +188,9 @@ def _consume_down(ring, table, slots, scales, row_weights, y, y_stride, span, fa
             expert, n, start, count, slot = _next_rows(
                 tile + gl.num_programs(0), total, table, slots, rows_mma, live, n_tiles, BM, GROUP_M, HAS_SLOTS
             )
-            if PART == 1 and LAG > 0:
-                mbarrier.wait(ring[4].index(0), (tile // gl.num_programs(0)) & 1)
             if last > PART * HALF:
                 left, right = _multiply(
-                    ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART, STAGES, LAG, False
+                    ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART, STAGES, False
                 )
                 target = first + rows
                 if HAS_SLOTS:
@@ -227,8 +211,8 @@ def _consume_down(ring, table, slots, scales, row_weights, y, y_stride, span, fa
 def up_fp8_kernel(x, x_stride, x_desc, x_scale, x_scale_stride, w_desc, w_scale, h, h_stride, h_scale, h_scale_stride,
                   tile_expert, tile_start, ends, slots, tiles, K, inter, alpha, beta, limit, ACT: gl.constexpr,
                   HAS_LIMIT: gl.constexpr, HAS_SLOTS: gl.constexpr, TOP_K: gl.constexpr, BM: gl.constexpr,
-                  BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, LAG: gl.constexpr,
-                  FENCE: gl.constexpr, SPLIT: gl.constexpr):  # fmt: skip
+                  BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+                  SPLIT: gl.constexpr):  # fmt: skip
     ring = make_ring(w_desc.dtype, BM, BN, BK, STAGES, (65 if SPLIT else 129) if HAS_SLOTS else 1)
     span = (count_live(tile_expert, tiles), inter // (BN // 2), inter, K)
     table = (tile_expert, tile_start, ends)
@@ -239,9 +223,9 @@ def up_fp8_kernel(x, x_stride, x_desc, x_scale, x_scale_stride, w_desc, w_scale,
         gl.warp_specialize(
             [
                 (_consume_up, (ring, table, slots, scales, out, span, act, 0, ACT, HAS_LIMIT, False, TOP_K, GROUP_M,
-                               STAGES, LAG, False)),
+                               STAGES)),
                 (_consume_up, (ring, table, slots, scales, out, span, act, 1, ACT, HAS_LIMIT, False, TOP_K, GROUP_M,
-                               STAGES, LAG, False)),
+                               STAGES)),
                 (produce_rows, (ring, table, x_desc, w_desc, span, True, GROUP_M, STAGES)),
             ],
             [4, 4],
@@ -251,9 +235,9 @@ def up_fp8_kernel(x, x_stride, x_desc, x_scale, x_scale_stride, w_desc, w_scale,
         gl.warp_specialize(
             [
                 (_consume_up, (ring, table, slots, scales, out, span, act, 0, ACT, HAS_LIMIT, True, TOP_K, GROUP_M,
-                               STAGES, LAG, FENCE)),
+                               STAGES)),
                 (_consume_up, (ring, table, slots, scales, out, span, act, 1, ACT, HAS_LIMIT, True, TOP_K, GROUP_M,
-                               STAGES, LAG, FENCE)),
+                               STAGES)),
                 (produce_gathered, (ring, table, slots, x, x_stride, w_desc, span, TOP_K, True, GROUP_M, STAGES,
                                     True, False)),
                 (produce_gathered, (ring, table, slots, x, x_stride, w_desc, span, TOP_K, True, GROUP_M, STAGES,
@@ -266,9 +250,9 @@ def up_fp8_kernel(x, x_stride, x_desc, x_scale, x_scale_stride, w_desc, w_scale,
         gl.warp_specialize(
             [
                 (_consume_up, (ring, table, slots, scales, out, span, act, 0, ACT, HAS_LIMIT, True, TOP_K, GROUP_M,
-                               STAGES, LAG, FENCE)),
+                               STAGES)),
                 (_consume_up, (ring, table, slots, scales, out, span, act, 1, ACT, HAS_LIMIT, True, TOP_K, GROUP_M,
-                               STAGES, LAG, FENCE)),
+                               STAGES)),
                 (produce_gathered, (ring, table, slots, x, x_stride, w_desc, span, TOP_K, True, GROUP_M, STAGES,
                                     True, True)),
             ],
@@ -281,7 +265,7 @@ def up_fp8_kernel(x, x_stride, x_desc, x_scale, x_scale_stride, w_desc, w_scale,
 def down_fp8_kernel(h_desc, h_scale, h_scale_stride, w_desc, w_scale, y, y_stride, tile_expert, tile_start, ends, slots,
                     row_weights, factor, tiles, K, columns, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr,
                     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-                    GROUP_M: gl.constexpr, LAG: gl.constexpr):  # fmt: skip
+                    GROUP_M: gl.constexpr):  # fmt: skip
     ring = make_ring(h_desc.dtype, BM, BN, BK, STAGES, 1)
     span = (count_live(tile_expert, tiles), gl.cdiv(columns, BN), columns, K)
     table = (tile_expert, tile_start, ends)
@@ -289,9 +273,9 @@ def down_fp8_kernel(h_desc, h_scale, h_scale_stride, w_desc, w_scale, y, y_strid
     gl.warp_specialize(
         [
             (_consume_down, (ring, table, slots, scales, row_weights, y, y_stride, span, factor, 0, HAS_SLOTS,
-                             HAS_WEIGHTS, GROUP_M, STAGES, LAG)),
+                             HAS_WEIGHTS, GROUP_M, STAGES)),
             (_consume_down, (ring, table, slots, scales, row_weights, y, y_stride, span, factor, 1, HAS_SLOTS,
-                             HAS_WEIGHTS, GROUP_M, STAGES, LAG)),
+                             HAS_WEIGHTS, GROUP_M, STAGES)),
             (produce_rows, (ring, table, h_desc, w_desc, span, False, GROUP_M, STAGES)),
         ],
         [4, 4],
@@ -335,8 +319,8 @@ def up_gemm_fp8(x: Tensor, x_scale: Tensor, w13: Tensor, w13_scale: Tensor, tabl
         w_desc, w13_scale, h, h.stride(0), h_scale, h_scale.stride(0), table.tile_expert, table.tile_start, table.ends,
         table.slots if gathered else table.tile_start, table.tiles, K, inter, float(alpha), float(beta),
         float(limit or 0.0), ACT=act, HAS_LIMIT=limit is not None, HAS_SLOTS=gathered, TOP_K=top_k, BM=table.block_m,
-        BN=config.block_n, BK=config.block_k, STAGES=config.stages, GROUP_M=config.group_m, LAG=config.lag_for(K),
-        FENCE=config.fence, SPLIT=config.split, num_warps=4,
+        BN=config.block_n, BK=config.block_k, STAGES=config.stages, GROUP_M=config.group_m,
+        SPLIT=config.split, num_warps=4,
     )  # fmt: skip
     return h, h_scale
 
@@ -358,6 +342,6 @@ def down_gemm_fp8(h: Tensor, h_scale: Tensor, w2: Tensor, w2_scale: Tensor, tabl
         table.tile_start, table.ends, table.tile_start if table.slots is None else table.slots,
         w2_scale if row_weights is None else row_weights, float(scale), table.tiles, K, columns,
         HAS_SLOTS=table.slots is not None, HAS_WEIGHTS=row_weights is not None, BM=table.block_m, BN=config.block_n,
-        BK=config.block_k, STAGES=config.stages, GROUP_M=config.group_m, LAG=config.lag_for(K), num_warps=4,
+        BK=config.block_k, STAGES=config.stages, GROUP_M=config.group_m, num_warps=4,
     )  # fmt: skip
     return y

@@ -38,10 +38,9 @@ DEFAULT = HopperConfig()
 
 
 @gluon.jit
-def _multiply(ring, it, steps, PART: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr, FENCE: gl.constexpr):
+def _multiply(ring, it, steps, PART: gl.constexpr, STAGES: gl.constexpr, GATHERED: gl.constexpr):
     """One tile's half of the rows: [BM / 2, BN] in float32. A slot's wgmma runs while the next slot is waited for."""
-    gl.static_assert(LAG < STAGES)
-    a_ring, b_ring, full, empty, lead = ring
+    a_ring, b_ring, full, empty = ring
     HALF: gl.constexpr = a_ring.shape[1] // 2
     BN: gl.constexpr = b_ring.shape[1]
     layout: gl.constexpr = acc_layout(BN, a_ring.dtype.primitive_bitwidth)
@@ -49,15 +48,13 @@ def _multiply(ring, it, steps, PART: gl.constexpr, STAGES: gl.constexpr, LAG: gl
     for step in range(steps):
         stage = it % STAGES
         mbarrier.wait(full.index(stage), (it // STAGES) & 1)
-        if FENCE:
+        if GATHERED:  # cp.async wrote the rows: by the generic proxy, and wgmma reads by the other
             fence_async_shared()
         a = a_ring.index(stage).slice(PART * HALF, HALF)
         b = b_ring.index(stage).permute((1, 0))
         acc = warpgroup_mma(a, b, acc, use_acc=step > 0, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))
         mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), count=1, pred=step > 0)
-        if PART == 0 and LAG > 0:
-            mbarrier.arrive(lead.index(0), count=1, pred=step == LAG - 1)
         it += 1
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), count=1)
@@ -74,8 +71,8 @@ def _halves(acc):
 
 @gluon.jit
 def _consume_up(ring, table, h, h_stride, span, act, PART: gl.constexpr, ACT: gl.constexpr, HAS_LIMIT: gl.constexpr,
-                GROUP_M: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
-                FENCE: gl.constexpr):  # fmt: skip
+                GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+                GATHERED: gl.constexpr):  # fmt: skip
     live, n_tiles, inter, K = span
     BM: gl.constexpr = ring[0].shape[1]
     BK: gl.constexpr = ring[0].shape[2]
@@ -89,10 +86,8 @@ def _consume_up(ring, table, h, h_stride, span, act, PART: gl.constexpr, ACT: gl
     for tile in range(gl.program_id(0), live * n_tiles, gl.num_programs(0)):
         m, n = place(tile, live, n_tiles, GROUP_M)
         _, start, count = rows_of(m, table, BM)
-        if PART == 1 and LAG > 0:
-            mbarrier.wait(ring[4].index(0), (tile // gl.num_programs(0)) & 1)
         if count > PART * HALF:
-            gate, up = _halves(_multiply(ring, it, steps, PART, STAGES, LAG, FENCE))
+            gate, up = _halves(_multiply(ring, it, steps, PART, STAGES, GATHERED))
             out = activate(gate, up, ACT, act[0], act[1], act[2], HAS_LIMIT)
             out = gl.convert_layout(out.to(h.dtype.element_ty), layout)
             column = n * COLS + cols
@@ -105,8 +100,8 @@ def _consume_up(ring, table, h, h_stride, span, act, PART: gl.constexpr, ACT: gl
 
 @gluon.jit
 def _consume_down(ring, table, slots, row_weights, y, y_stride, span, scale, PART: gl.constexpr,
-                  HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
-                  LAG: gl.constexpr):  # fmt: skip
+                  HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr, GROUP_M: gl.constexpr,
+                  STAGES: gl.constexpr):  # fmt: skip
     live, n_tiles, columns, K = span
     BM: gl.constexpr = ring[0].shape[1]
     BK: gl.constexpr = ring[0].shape[2]
@@ -122,8 +117,6 @@ def _consume_down(ring, table, slots, row_weights, y, y_stride, span, scale, PAR
     for tile in range(gl.program_id(0), live * n_tiles, gl.num_programs(0)):
         m, n = place(tile, live, n_tiles, GROUP_M)
         _, start, count = rows_of(m, table, BM)
-        if PART == 1 and LAG > 0:
-            mbarrier.wait(ring[4].index(0), (tile // gl.num_programs(0)) & 1)
         if count > PART * HALF:
             slot = start + rows
             slot_mma = start + rows_mma
@@ -133,7 +126,7 @@ def _consume_down(ring, table, slots, row_weights, y, y_stride, span, scale, PAR
             factor = gl.full([HALF], scale, gl.float32, rows_mma.type.layout)
             if HAS_WEIGHTS:
                 factor *= gl.load(row_weights + slot_mma, mask=rows_mma < count, other=0.0)
-            acc = _multiply(ring, it, steps, PART, STAGES, LAG, False)
+            acc = _multiply(ring, it, steps, PART, STAGES, False)
             left, right = _halves(acc * factor[:, None])
             line = y + slot.to(gl.int64)[:, None] * y_stride
             column = n * BN + cols
@@ -151,7 +144,7 @@ def _consume_down(ring, table, slots, row_weights, y, y_stride, span, scale, PAR
 def up_kernel(x, x_stride, x_desc, w_desc, h, h_stride, tile_expert, tile_start, ends, slots, tiles, K, inter, alpha,
               beta, limit, ACT: gl.constexpr, HAS_LIMIT: gl.constexpr, HAS_SLOTS: gl.constexpr, TOP_K: gl.constexpr,
               EVEN_K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-              GROUP_M: gl.constexpr, LAG: gl.constexpr, FENCE: gl.constexpr, SPLIT: gl.constexpr):  # fmt: skip
+              GROUP_M: gl.constexpr, SPLIT: gl.constexpr):  # fmt: skip
     ring = make_ring(w_desc.dtype, BM, BN, BK, STAGES, (65 if SPLIT else 129) if HAS_SLOTS else 1)
     span = (count_live(tile_expert, tiles), gl.cdiv(inter, BN // 2), inter, K)
     table = (tile_expert, tile_start, ends)
@@ -159,8 +152,8 @@ def up_kernel(x, x_stride, x_desc, w_desc, h, h_stride, tile_expert, tile_start,
     if not HAS_SLOTS:
         gl.warp_specialize(
             [
-                (_consume_up, (ring, table, h, h_stride, span, act, 0, ACT, HAS_LIMIT, GROUP_M, STAGES, LAG, False)),
-                (_consume_up, (ring, table, h, h_stride, span, act, 1, ACT, HAS_LIMIT, GROUP_M, STAGES, LAG, False)),
+                (_consume_up, (ring, table, h, h_stride, span, act, 0, ACT, HAS_LIMIT, GROUP_M, STAGES, False)),
+                (_consume_up, (ring, table, h, h_stride, span, act, 1, ACT, HAS_LIMIT, GROUP_M, STAGES, False)),
                 (produce_rows, (ring, table, x_desc, w_desc, span, True, GROUP_M, STAGES)),
             ],
             [4, 4],
@@ -169,8 +162,8 @@ def up_kernel(x, x_stride, x_desc, w_desc, h, h_stride, tile_expert, tile_start,
     elif SPLIT:
         gl.warp_specialize(
             [
-                (_consume_up, (ring, table, h, h_stride, span, act, 0, ACT, HAS_LIMIT, GROUP_M, STAGES, LAG, FENCE)),
-                (_consume_up, (ring, table, h, h_stride, span, act, 1, ACT, HAS_LIMIT, GROUP_M, STAGES, LAG, FENCE)),
+                (_consume_up, (ring, table, h, h_stride, span, act, 0, ACT, HAS_LIMIT, GROUP_M, STAGES, True)),
+                (_consume_up, (ring, table, h, h_stride, span, act, 1, ACT, HAS_LIMIT, GROUP_M, STAGES, True)),
                 (produce_gathered, (ring, table, slots, x, x_stride, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES,
                                     True, False)),
                 (produce_gathered, (ring, table, slots, x, x_stride, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES,
@@ -182,8 +175,8 @@ def up_kernel(x, x_stride, x_desc, w_desc, h, h_stride, tile_expert, tile_start,
     else:
         gl.warp_specialize(
             [
-                (_consume_up, (ring, table, h, h_stride, span, act, 0, ACT, HAS_LIMIT, GROUP_M, STAGES, LAG, FENCE)),
-                (_consume_up, (ring, table, h, h_stride, span, act, 1, ACT, HAS_LIMIT, GROUP_M, STAGES, LAG, FENCE)),
+                (_consume_up, (ring, table, h, h_stride, span, act, 0, ACT, HAS_LIMIT, GROUP_M, STAGES, True)),
+                (_consume_up, (ring, table, h, h_stride, span, act, 1, ACT, HAS_LIMIT, GROUP_M, STAGES, True)),
                 (produce_gathered, (ring, table, slots, x, x_stride, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES,
                                     True, True)),
             ],
@@ -195,17 +188,16 @@ def up_kernel(x, x_stride, x_desc, w_desc, h, h_stride, tile_expert, tile_start,
 @gluon.jit(do_not_specialize=["tiles"])
 def down_kernel(h_desc, w_desc, y, y_stride, tile_expert, tile_start, ends, slots, row_weights, scale, tiles, K,
                 columns, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-                BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
-                LAG: gl.constexpr):  # fmt: skip
+                BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr):  # fmt: skip
     ring = make_ring(h_desc.dtype, BM, BN, BK, STAGES, 1)
     span = (count_live(tile_expert, tiles), gl.cdiv(columns, BN), columns, K)
     table = (tile_expert, tile_start, ends)
     gl.warp_specialize(
         [
             (_consume_down, (ring, table, slots, row_weights, y, y_stride, span, scale, 0, HAS_SLOTS, HAS_WEIGHTS,
-                             GROUP_M, STAGES, LAG)),
+                             GROUP_M, STAGES)),
             (_consume_down, (ring, table, slots, row_weights, y, y_stride, span, scale, 1, HAS_SLOTS, HAS_WEIGHTS,
-                             GROUP_M, STAGES, LAG)),
+                             GROUP_M, STAGES)),
             (produce_rows, (ring, table, h_desc, w_desc, span, False, GROUP_M, STAGES)),
         ],
         [4, 4],
@@ -229,7 +221,7 @@ def up_gemm(x: Tensor, w13: Tensor, table: RowTable, h: Tensor, *, top_k: int, a
         table.tiles, K, inter, float(alpha), float(beta), float(limit or 0.0), ACT=act,
         HAS_LIMIT=limit is not None, HAS_SLOTS=gathered,
         TOP_K=top_k, EVEN_K=K % config.block_k == 0, BM=table.block_m, BN=config.block_n, BK=config.block_k,
-        STAGES=config.stages, GROUP_M=config.group_m, LAG=config.lag_for(K), FENCE=config.fence, SPLIT=config.split,
+        STAGES=config.stages, GROUP_M=config.group_m, SPLIT=config.split,
         num_warps=4,
     )  # fmt: skip
     return h
@@ -246,6 +238,6 @@ def down_gemm(h: Tensor, w2: Tensor, table: RowTable, y: Tensor, *, row_weights:
         table.tile_start, table.ends, table.tile_start if table.slots is None else table.slots,
         table.ends if row_weights is None else row_weights, float(scale), table.tiles, K, columns,
         HAS_SLOTS=table.slots is not None, HAS_WEIGHTS=row_weights is not None, BM=table.block_m, BN=config.block_n,
-        BK=config.block_k, STAGES=config.stages, GROUP_M=config.group_m, LAG=config.lag_for(K), num_warps=4,
+        BK=config.block_k, STAGES=config.stages, GROUP_M=config.group_m, num_warps=4,
     )  # fmt: skip
     return y
