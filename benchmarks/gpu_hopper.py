@@ -35,15 +35,17 @@ class Variant:
 
 
 SHORT = ("qwen30 4k", "dsv3ep8 4k")
+THREE = {"stages": 3}  # of slots with 192 rows
 VARIANTS = {
     "fp8": Variant(fp8=True),
     "fp8group": Variant({"group_m": 16}, {"group_m": 16}, fp8=True, only=SHORT),
-    "fp8join": Variant({"split": False}, {"group_m": 4}, fp8=True, only=SHORT),
     "fp8pre": Variant(fp8=True, pre=True, only=SHORT),
     "base": Variant(),
-    "split": Variant({"split": True}, {"group_m": 16}, only=SHORT),
+    "192": Variant(THREE, THREE, block_m=192),
+    "group": Variant({"group_m": 16}, {"group_m": 4}, only=SHORT),
+    "192group": Variant(THREE | {"group_m": 4}, THREE | {"group_m": 16}, block_m=192, only=SHORT),
     "pre": Variant(pre=True, only=SHORT),
-    "256x128": Variant({"block_n": 128}, {"block_n": 128}, block_m=256, only=SHORT),
+    "192pre": Variant(THREE, THREE, block_m=192, pre=True, only=SHORT),
 }
 # name: (experts, top_k, H, I, T, share of the slots that are dropped)
 TINY = {
@@ -58,9 +60,12 @@ TINY_FP8 = {
     "busy": (7, 4, 640, 768, 3001, 0.1),
 }
 SHAPES = {
+    "mixtral 1k": (8, 2, 4096, 14336, 1024, 0.0),
+    "olmoe 1k": (64, 8, 2048, 1024, 1024, 0.0),
     "qwen30 4k": (128, 8, 2048, 768, 4096, 0.0),
     "qwen30 16k": (128, 8, 2048, 768, 16384, 0.0),
     "dsv3ep8 4k": (32, 8, 7168, 2048, 4096, 0.0),
+    "gptoss 4k": (128, 4, 2880, 2880, 4096, 0.0),
     "mixtral 4k": (8, 2, 4096, 14336, 4096, 0.0),
 }
 

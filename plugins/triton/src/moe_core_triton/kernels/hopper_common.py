@@ -2,11 +2,12 @@
 
 Protocol of a slot: `full[s]` completes when both operands have landed (the bytes that TMA announced, and for gathered
 rows one arrival of each gathering thread, which the hardware makes when that thread's copies are done);
-`empty[s]` completes when both consumers have arrived, each after the wgmma that read the slot has finished. Everybody
+`empty[s]` completes when all consumers have arrived, each after the wgmma that read the slot has finished. Everybody
 walks the same list of tiles in the same order and counts slots with the same counter `it`: slot it % stages, and the
 parity (it // stages) & 1 of its `full`; a producer waits for the parity before that one of `empty`, which a fresh
 barrier passes. So a consumer is at most `stages` slots behind the other, and may run its epilogue meanwhile.
-A consumer whose half of a tile has no rows only passes the slots on: the other then has the tensor cores alone.
+A consumer whose rows of a tile do not exist only passes the slots on: the others then have the tensor cores alone,
+and nobody fetches those rows.
 
 Every barrier that is made here is waited on to the end. One that is not must not be made: the compiler reuses its
 memory for the epilogue's tiles, and a GPU that changes over to another process and back restores the barrier's word
@@ -23,16 +24,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+#: Rows of one consumer: those of a wgmma.
+ROWS = gl.constexpr(64)
+
 
 @dataclass(frozen=True, slots=True)
 class HopperConfig:
-    """How a kernel is cut. Tiles are table.block_m (128) x block_n; group_m tiles of rows share columns in L2."""
+    """How a kernel is cut. Tiles are table.block_m x block_n, a consumer for every 64 rows; group_m tiles of rows share
+    columns in L2.
+    """
 
     block_n: int = 256
     block_k: int = 64
     stages: int = 4
     group_m: int = 8
-    split: bool = False  # gather rows with two warps and fetch weights with a third, not both with the same four
 
 
 @gluon.jit
@@ -66,17 +71,21 @@ def rows_of(m, table, BM: gl.constexpr):
 
 
 @gluon.jit
-def make_ring(dtype: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+def make_ring(dtype: gl.constexpr, PARTS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
               FULL: gl.constexpr):  # fmt: skip
-    """The slots and their barriers; FULL arrivals fill a slot, one of each consumer empties it."""
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], dtype)
-    a_ring = gl.allocate_shared_memory(dtype, [STAGES, BM, BK], layout)
-    b_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], layout)
+    """The slots and their barriers; FULL arrivals fill a slot, one of each consumer empties it.
+
+    A slot is PARTS pieces of 64 rows (piece p of slot s is a_ring.index(s * PARTS + p)) and BN rows of weights.
+    """
+    a_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BK], dtype)
+    b_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BK], dtype)
+    a_ring = gl.allocate_shared_memory(dtype, [STAGES * PARTS, ROWS, BK], a_layout)
+    b_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], b_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=FULL)
-        mbarrier.init(empty.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=PARTS)
     fence_async_shared()
     return a_ring, b_ring, full, empty
 
@@ -93,72 +102,90 @@ def _load_weights(w_desc, ready, slot, row, k, inter, GATED: gl.constexpr):
 
 
 @gluon.jit
-def produce_gathered(ring, table, slots, x, x_stride, w_desc, span, TOP_K: gl.constexpr, EVEN_K: gl.constexpr,
-                     GROUP_M: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
-                     WEIGHTS: gl.constexpr):  # fmt: skip
-    """Gathered rows of x (ROWS), and the gate and up rows of an expert that make the same columns of h (WEIGHTS)."""
-    a_ring, b_ring, full, empty = ring[0], ring[1], ring[2], ring[3]
+def _rows_from(slots, start, count, x_stride, rows, cols, PART: gl.constexpr, TOP_K: gl.constexpr):
+    """Offsets in x of a piece's elements [64, BK] at k = 0; rows that do not exist stand in for the tile's first."""
+    row = PART * rows.shape[0] + rows
+    token = gl.load(slots + (start + gl.where(row < count, row, 0))) // TOP_K
+    return (token * x_stride)[:, None] + cols[None, :]
+
+
+@gluon.jit
+def _copy_rows(x, offsets, k, cols, K, piece, EVEN_K: gl.constexpr):
+    """One step of K of a piece. The pointers are made here: sixteen registers more would be spilled ones."""
+    if EVEN_K:
+        async_copy.async_copy_global_to_shared(piece, x + (offsets + k))
+    else:
+        inside = gl.expand_dims(k + cols < K, 0).broadcast_to(offsets.shape)
+        async_copy.async_copy_global_to_shared(piece, x + (offsets + k), mask=inside)
+
+
+@gluon.jit
+def produce_gathered(ring, table, given, w_desc, span, TOP_K: gl.constexpr, EVEN_K: gl.constexpr,
+                     GROUP_M: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, TAKES_ROWS: gl.constexpr,
+                     TAKES_WEIGHTS: gl.constexpr):  # fmt: skip
+    """Gathered rows of x (TAKES_ROWS); gate and up rows of an expert for the same columns of h (TAKES_WEIGHTS)."""
+    a_ring, b_ring, full, empty = ring
+    slots, x, x_stride = given
     live, n_tiles, inter, K = span
-    BM: gl.constexpr = a_ring.shape[1]
     BN: gl.constexpr = b_ring.shape[1]
     BK: gl.constexpr = a_ring.shape[2]
     BYTES: gl.constexpr = w_desc.dtype.primitive_bitwidth // 8
     VEC: gl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
     layout: gl.constexpr = gl.BlockedLayout([1, VEC], [32 * VEC // BK, BK // VEC], [gl.num_warps(), 1], [1, 0])
-    rows = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     cols = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
     it = 0
     for tile in range(gl.program_id(0), live * n_tiles, gl.num_programs(0)):
         m, n = place(tile, live, n_tiles, GROUP_M)
-        expert, start, count = rows_of(m, table, BM)
-        if ROWS:
-            inside = rows < count
-            token = gl.load(slots + (start + gl.where(inside, rows, 0))) // TOP_K
-            source = x + token.to(gl.int64)[:, None] * x_stride + cols[None, :]
+        expert, start, count = rows_of(m, table, PARTS * ROWS)
+        if TAKES_ROWS:
+            first = _rows_from(slots, start, count, x_stride, rows, cols, 0, TOP_K)
+            second = _rows_from(slots, start, count, x_stride, rows, cols, 1, TOP_K)
+            third = _rows_from(slots, start, count, x_stride, rows, cols, PARTS - 1, TOP_K)
         gate_row = expert * (2 * inter) + n * (BN // 2)
         for k in range(0, K, BK):
             stage = it % STAGES
             mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
             ready = full.index(stage)
-            if WEIGHTS:
+            if TAKES_WEIGHTS:
                 mbarrier.expect(ready, BN * BK * BYTES)
                 _load_weights(w_desc, ready, b_ring.index(stage), gate_row, k, inter, True)
-            if ROWS:
-                mask = inside[:, None]
-                if not EVEN_K:
-                    mask = mask & (k + cols < K)[None, :]
-                async_copy.async_copy_global_to_shared(a_ring.index(stage), source + k, mask=mask)
+            if TAKES_ROWS:
+                _copy_rows(x, first, k, cols, K, a_ring.index(stage * PARTS), EVEN_K)
+                if count > ROWS:
+                    _copy_rows(x, second, k, cols, K, a_ring.index(stage * PARTS + 1), EVEN_K)
+                if PARTS == 3:
+                    if count > 2 * ROWS:
+                        _copy_rows(x, third, k, cols, K, a_ring.index(stage * PARTS + 2), EVEN_K)
                 async_copy.mbarrier_arrive(ready, increment_count=False)
             it += 1
 
 
 @gluon.jit
 def produce_rows(ring, table, a_desc, w_desc, span, GATED: gl.constexpr, GROUP_M: gl.constexpr,
-                 STAGES: gl.constexpr):  # fmt: skip
-    """Positions, which are contiguous, and rows of weights; the second half of the positions only where it has any."""
-    a_ring, b_ring, full, empty = ring[0], ring[1], ring[2], ring[3]
+                 STAGES: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
+    """Positions, which are contiguous, as far as the tile has any, and rows of weights."""
+    a_ring, b_ring, full, empty = ring
     live, n_tiles, size, K = span
-    BM: gl.constexpr = a_ring.shape[1]
     BN: gl.constexpr = b_ring.shape[1]
     BK: gl.constexpr = a_ring.shape[2]
-    HALF: gl.constexpr = BM // 2
     BYTES: gl.constexpr = w_desc.dtype.primitive_bitwidth // 8
     it = 0
     for tile in range(gl.program_id(0), live * n_tiles, gl.num_programs(0)):
         m, n = place(tile, live, n_tiles, GROUP_M)
-        expert, start, count = rows_of(m, table, BM)
-        both = count > HALF
+        expert, start, count = rows_of(m, table, PARTS * ROWS)
+        pieces = gl.cdiv(count, ROWS)
         row = expert * (2 * size) + n * (BN // 2) if GATED else expert * size + n * BN
         for k in range(0, K, BK):
             stage = it % STAGES
             mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
             ready = full.index(stage)
-            rows = a_ring.index(stage)
-            mbarrier.expect(ready, (BN + BM) * BK * BYTES, pred=both)
-            mbarrier.expect(ready, (BN + HALF) * BK * BYTES, pred=count <= HALF)
+            for part in gl.static_range(PARTS):
+                mbarrier.expect(ready, (BN + (part + 1) * ROWS) * BK * BYTES, pred=pieces == part + 1)
             _load_weights(w_desc, ready, b_ring.index(stage), row, k, size, GATED)
-            tma.async_copy_global_to_shared(a_desc, [start, k], ready, rows.slice(0, HALF))
-            tma.async_copy_global_to_shared(a_desc, [start + HALF, k], ready, rows.slice(HALF, HALF), pred=both)
+            for part in gl.static_range(PARTS):
+                piece = a_ring.index(stage * PARTS + part)
+                tma.async_copy_global_to_shared(a_desc, [start + part * ROWS, k], ready, piece, pred=part < pieces)
             it += 1
 
 

@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moe_core_triton.kernels.activation import activate
 from moe_core_triton.kernels.hopper_common import (
+    ROWS,
     HopperConfig,
     acc_layout,
     count_live,
@@ -43,7 +44,9 @@ from moe_core_triton.kernels.quantize import magnitude_bits
 from moe_core_triton.row_table import RowTable
 
 GROUP = 128
-DEFAULT = HopperConfig(block_n=2 * GROUP, block_k=GROUP, split=True)
+DEFAULT = HopperConfig(block_n=2 * GROUP, block_k=GROUP)
+#: Consumers: a third has no registers left, with two accumulators each.
+PARTS = gl.constexpr(2)
 
 
 @gluon.jit
@@ -54,12 +57,11 @@ def _multiply(ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART: gl
     x_row: offsets [BM / 2] of the rows' first scales; w_row, w_row_2: those of the two halves of the columns.
     """
     a_ring, b_ring, full, empty = ring
-    HALF: gl.constexpr = a_ring.shape[1] // 2
     COLS: gl.constexpr = b_ring.shape[1] // 2
     layout: gl.constexpr = acc_layout(COLS, 8)
-    left = gl.zeros([HALF, COLS], gl.float32, layout)
-    right = gl.zeros([HALF, COLS], gl.float32, layout)
-    fresh = gl.zeros([HALF, COLS], gl.float32, layout)
+    left = gl.zeros([ROWS, COLS], gl.float32, layout)
+    right = gl.zeros([ROWS, COLS], gl.float32, layout)
+    fresh = gl.zeros([ROWS, COLS], gl.float32, layout)
     for step in range(steps):
         stage = it % STAGES
         mbarrier.wait(full.index(stage), (it // STAGES) & 1)
@@ -69,7 +71,7 @@ def _multiply(ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART: gl
         xs = gl.load(x_scale + (x_row + step))
         ws = gl.load(w_scale + (w_row + step))
         ws_2 = gl.load(w_scale + (w_row_2 + step))
-        a = a_ring.index(stage).slice(PART * HALF, HALF)
+        a = a_ring.index(stage * PARTS + PART)
         b = b_ring.index(stage)
         part = warpgroup_mma(a, b.slice(0, COLS).permute((1, 0)), fresh, use_acc=False, is_async=True)
         part = warpgroup_mma_wait(0, deps=(part,))
@@ -85,11 +87,11 @@ def _multiply(ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART: gl
 
 
 @gluon.jit
-def _next_rows(tile, total, table, slots, rows, live, n_tiles, BM: gl.constexpr, GROUP_M: gl.constexpr,
+def _next_rows(tile, total, table, slots, rows, live, n_tiles, GROUP_M: gl.constexpr,
                HAS_SLOTS: gl.constexpr):  # fmt: skip
     """What a consumer needs to know of a tile: expert, tile of columns, first position, count, slots of `rows`."""
     m, n = place(gl.minimum(tile, total - 1), live, n_tiles, GROUP_M)
-    expert, start, count = rows_of(m, table, BM)
+    expert, start, count = rows_of(m, table, PARTS * ROWS)
     # Rows that do not exist stand in for the tile's first, so that every address is valid.
     slot = start + gl.where(rows < count, rows, 0)
     if HAS_SLOTS:
@@ -107,40 +109,37 @@ def _group_scales(value):
 
 
 @gluon.jit
-def _consume_up(ring, table, slots, scales, out, span, act, PART: gl.constexpr, ACT: gl.constexpr,
+def _consume_up(given, PART: gl.constexpr, ACT: gl.constexpr,
                 HAS_LIMIT: gl.constexpr, HAS_SLOTS: gl.constexpr, TOP_K: gl.constexpr, GROUP_M: gl.constexpr,
                 STAGES: gl.constexpr):  # fmt: skip
+    ring, table, slots, scales, out, span, act = given
     x_scale, x_scale_stride, w_scale = scales
     h, h_stride, h_scale, h_scale_stride = out
     live, n_tiles, _, K = span
-    BM: gl.constexpr = ring[0].shape[1]
     BK: gl.constexpr = ring[0].shape[2]
     COLS: gl.constexpr = ring[1].shape[1] // 2
-    HALF: gl.constexpr = BM // 2
     mma: gl.constexpr = acc_layout(COLS, 8)
     layout: gl.constexpr = store_layout(COLS, 8)
-    rows = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
+    rows = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     cols = gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
-    rows_mma = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, mma))
+    rows_mma = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma))
     steps = K // BK
     total = live * n_tiles
     it = 0
     if gl.program_id(0) < total:
         expert, n, start, count, slot = _next_rows(
-            gl.program_id(0), total, table, slots, rows_mma, live, n_tiles, BM, GROUP_M, HAS_SLOTS
+            gl.program_id(0), total, table, slots, rows_mma, live, n_tiles, GROUP_M, HAS_SLOTS
         )
         for tile in range(gl.program_id(0), total, gl.num_programs(0)):
             x_row = (slot // TOP_K) * x_scale_stride
             w_row = (expert * (2 * n_tiles) + n) * steps
             here, first, last = n, start, count
             expert, n, start, count, slot = _next_rows(
-                tile + gl.num_programs(0), total, table, slots, rows_mma, live, n_tiles, BM, GROUP_M, HAS_SLOTS
+                tile + gl.num_programs(0), total, table, slots, rows_mma, live, n_tiles, GROUP_M, HAS_SLOTS
             )
-            if last > PART * HALF:
+            if last > PART * ROWS:
                 w_row_2 = w_row + n_tiles * steps
-                gate, up = _multiply(
-                    ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART, STAGES, HAS_SLOTS
-                )
+                gate, up = _multiply(ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART, STAGES, HAS_SLOTS)
                 value = activate(gate, up, ACT, act[0], act[1], act[2], HAS_LIMIT)
                 scale = _group_scales(value)
                 target = h_scale + (first + rows_mma).to(gl.int64) * h_scale_stride + here
@@ -154,27 +153,26 @@ def _consume_up(ring, table, slots, scales, out, span, act, PART: gl.constexpr, 
 
 
 @gluon.jit
-def _consume_down(ring, table, slots, scales, row_weights, y, y_stride, span, factor, PART: gl.constexpr,
+def _consume_down(given, PART: gl.constexpr,
                   HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr, GROUP_M: gl.constexpr,
                   STAGES: gl.constexpr):  # fmt: skip
+    ring, table, slots, scales, row_weights, y, y_stride, span, factor = given
     x_scale, x_scale_stride, w_scale = scales
     live, n_tiles, columns, K = span
-    BM: gl.constexpr = ring[0].shape[1]
     BK: gl.constexpr = ring[0].shape[2]
     COLS: gl.constexpr = ring[1].shape[1] // 2
-    HALF: gl.constexpr = BM // 2
     mma: gl.constexpr = acc_layout(COLS, 8)
     layout: gl.constexpr = store_layout(COLS, 16)
-    rows = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
+    rows = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     cols = gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
-    rows_mma = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, mma))
+    rows_mma = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma))
     steps = K // BK
     blocks = columns // COLS
     total = live * n_tiles
     it = 0
     if gl.program_id(0) < total:
         expert, n, start, count, slot = _next_rows(
-            gl.program_id(0), total, table, slots, rows_mma, live, n_tiles, BM, GROUP_M, HAS_SLOTS
+            gl.program_id(0), total, table, slots, rows_mma, live, n_tiles, GROUP_M, HAS_SLOTS
         )
         for tile in range(gl.program_id(0), total, gl.num_programs(0)):
             here, first, last = n, start, count
@@ -182,16 +180,14 @@ def _consume_down(ring, table, slots, scales, row_weights, y, y_stride, span, fa
             block = expert * blocks + 2 * here
             w_row = block * steps
             w_row_2 = w_row + gl.where(2 * here + 1 < blocks, steps, 0)
-            weight = gl.full([HALF], factor, gl.float32, rows_mma.type.layout)
+            weight = gl.full([ROWS], factor, gl.float32, rows_mma.type.layout)
             if HAS_WEIGHTS:
                 weight *= gl.load(row_weights + slot)
             expert, n, start, count, slot = _next_rows(
-                tile + gl.num_programs(0), total, table, slots, rows_mma, live, n_tiles, BM, GROUP_M, HAS_SLOTS
+                tile + gl.num_programs(0), total, table, slots, rows_mma, live, n_tiles, GROUP_M, HAS_SLOTS
             )
-            if last > PART * HALF:
-                left, right = _multiply(
-                    ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART, STAGES, False
-                )
+            if last > PART * ROWS:
+                left, right = _multiply(ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART, STAGES, False)
                 target = first + rows
                 if HAS_SLOTS:
                     target = gl.load(slots + target, mask=rows < last, other=0)
@@ -210,77 +206,56 @@ def _consume_down(ring, table, slots, scales, row_weights, y, y_stride, span, fa
 @gluon.jit(do_not_specialize=["tiles", "x_scale_stride", "h_scale_stride"])
 def up_fp8_kernel(x, x_stride, x_desc, x_scale, x_scale_stride, w_desc, w_scale, h, h_stride, h_scale, h_scale_stride,
                   tile_expert, tile_start, ends, slots, tiles, K, inter, alpha, beta, limit, ACT: gl.constexpr,
-                  HAS_LIMIT: gl.constexpr, HAS_SLOTS: gl.constexpr, TOP_K: gl.constexpr, BM: gl.constexpr,
-                  BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
-                  SPLIT: gl.constexpr):  # fmt: skip
-    ring = make_ring(w_desc.dtype, BM, BN, BK, STAGES, (65 if SPLIT else 129) if HAS_SLOTS else 1)
+                  HAS_LIMIT: gl.constexpr, HAS_SLOTS: gl.constexpr, TOP_K: gl.constexpr, BN: gl.constexpr,
+                  BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr):  # fmt: skip
+    ring = make_ring(w_desc.dtype, PARTS, BN, BK, STAGES, 65 if HAS_SLOTS else 1)
     span = (count_live(tile_expert, tiles), inter // (BN // 2), inter, K)
     table = (tile_expert, tile_start, ends)
-    act = (alpha, beta, limit)
     scales = (x_scale, x_scale_stride, w_scale)
     out = (h, h_stride, h_scale, h_scale_stride)
-    if not HAS_SLOTS:
+    given = (ring, table, slots, scales, out, span, (alpha, beta, limit))
+    if HAS_SLOTS:  # two warps gather rows, and a third fetches weights
+        rows = (slots, x, x_stride)
         gl.warp_specialize(
             [
-                (_consume_up, (ring, table, slots, scales, out, span, act, 0, ACT, HAS_LIMIT, False, TOP_K, GROUP_M,
-                               STAGES)),
-                (_consume_up, (ring, table, slots, scales, out, span, act, 1, ACT, HAS_LIMIT, False, TOP_K, GROUP_M,
-                               STAGES)),
-                (produce_rows, (ring, table, x_desc, w_desc, span, True, GROUP_M, STAGES)),
-            ],
-            [4, 4],
-            [216, 72],
-        )  # fmt: skip
-    elif SPLIT:
-        gl.warp_specialize(
-            [
-                (_consume_up, (ring, table, slots, scales, out, span, act, 0, ACT, HAS_LIMIT, True, TOP_K, GROUP_M,
-                               STAGES)),
-                (_consume_up, (ring, table, slots, scales, out, span, act, 1, ACT, HAS_LIMIT, True, TOP_K, GROUP_M,
-                               STAGES)),
-                (produce_gathered, (ring, table, slots, x, x_stride, w_desc, span, TOP_K, True, GROUP_M, STAGES,
-                                    True, False)),
-                (produce_gathered, (ring, table, slots, x, x_stride, w_desc, span, TOP_K, True, GROUP_M, STAGES,
-                                    False, True)),
+                (_consume_up, (given, 0, ACT, HAS_LIMIT, True, TOP_K, GROUP_M, STAGES)),
+                (_consume_up, (given, 1, ACT, HAS_LIMIT, True, TOP_K, GROUP_M, STAGES)),
+                (produce_gathered, (ring, table, rows, w_desc, span, TOP_K, True, GROUP_M, STAGES, PARTS, True, False)),
+                (produce_gathered, (ring, table, rows, w_desc, span, TOP_K, True, GROUP_M, STAGES, PARTS, False, True)),
             ],
             [4, 2, 1],
             [216, 72, 72],
-        )  # fmt: skip
+        )
     else:
         gl.warp_specialize(
             [
-                (_consume_up, (ring, table, slots, scales, out, span, act, 0, ACT, HAS_LIMIT, True, TOP_K, GROUP_M,
-                               STAGES)),
-                (_consume_up, (ring, table, slots, scales, out, span, act, 1, ACT, HAS_LIMIT, True, TOP_K, GROUP_M,
-                               STAGES)),
-                (produce_gathered, (ring, table, slots, x, x_stride, w_desc, span, TOP_K, True, GROUP_M, STAGES,
-                                    True, True)),
+                (_consume_up, (given, 0, ACT, HAS_LIMIT, False, TOP_K, GROUP_M, STAGES)),
+                (_consume_up, (given, 1, ACT, HAS_LIMIT, False, TOP_K, GROUP_M, STAGES)),
+                (produce_rows, (ring, table, x_desc, w_desc, span, True, GROUP_M, STAGES, PARTS)),
             ],
             [4, 4],
             [216, 72],
-        )  # fmt: skip
+        )
 
 
 @gluon.jit(do_not_specialize=["tiles", "h_scale_stride"])
 def down_fp8_kernel(h_desc, h_scale, h_scale_stride, w_desc, w_scale, y, y_stride, tile_expert, tile_start, ends, slots,
                     row_weights, factor, tiles, K, columns, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr,
-                    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-                    GROUP_M: gl.constexpr):  # fmt: skip
-    ring = make_ring(h_desc.dtype, BM, BN, BK, STAGES, 1)
+                    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr):  # fmt: skip
+    ring = make_ring(h_desc.dtype, PARTS, BN, BK, STAGES, 1)
     span = (count_live(tile_expert, tiles), gl.cdiv(columns, BN), columns, K)
     table = (tile_expert, tile_start, ends)
     scales = (h_scale, h_scale_stride, w_scale)
+    given = (ring, table, slots, scales, row_weights, y, y_stride, span, factor)
     gl.warp_specialize(
         [
-            (_consume_down, (ring, table, slots, scales, row_weights, y, y_stride, span, factor, 0, HAS_SLOTS,
-                             HAS_WEIGHTS, GROUP_M, STAGES)),
-            (_consume_down, (ring, table, slots, scales, row_weights, y, y_stride, span, factor, 1, HAS_SLOTS,
-                             HAS_WEIGHTS, GROUP_M, STAGES)),
-            (produce_rows, (ring, table, h_desc, w_desc, span, False, GROUP_M, STAGES)),
+            (_consume_down, (given, 0, HAS_SLOTS, HAS_WEIGHTS, GROUP_M, STAGES)),
+            (_consume_down, (given, 1, HAS_SLOTS, HAS_WEIGHTS, GROUP_M, STAGES)),
+            (produce_rows, (ring, table, h_desc, w_desc, span, False, GROUP_M, STAGES, PARTS)),
         ],
         [4, 4],
         [216, 72],
-    )  # fmt: skip
+    )
 
 
 def _check(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, table: RowTable, config: HopperConfig) -> None:
@@ -315,12 +290,12 @@ def up_gemm_fp8(x: Tensor, x_scale: Tensor, w13: Tensor, w13_scale: Tensor, tabl
     grid = min(processors(x.device), table.tiles * (inter // GROUP))
     w_desc = descriptor(w13.view(experts * twice, K), GROUP, GROUP)
     up_fp8_kernel[(grid,)](
-        x, x.stride(0), w_desc if gathered else descriptor(x, table.block_m // 2, GROUP), x_scale, x_scale.stride(0),
+        x, x.stride(0), w_desc if gathered else descriptor(x, ROWS.value, GROUP), x_scale, x_scale.stride(0),
         w_desc, w13_scale, h, h.stride(0), h_scale, h_scale.stride(0), table.tile_expert, table.tile_start, table.ends,
         table.slots if gathered else table.tile_start, table.tiles, K, inter, float(alpha), float(beta),
-        float(limit or 0.0), ACT=act, HAS_LIMIT=limit is not None, HAS_SLOTS=gathered, TOP_K=top_k, BM=table.block_m,
+        float(limit or 0.0), ACT=act, HAS_LIMIT=limit is not None, HAS_SLOTS=gathered, TOP_K=top_k,
         BN=config.block_n, BK=config.block_k, STAGES=config.stages, GROUP_M=config.group_m,
-        SPLIT=config.split, num_warps=4,
+        num_warps=4,
     )  # fmt: skip
     return h, h_scale
 
@@ -337,11 +312,11 @@ def down_gemm_fp8(h: Tensor, h_scale: Tensor, w2: Tensor, w2_scale: Tensor, tabl
     _check(h, h_scale, w2, w2_scale, table, config)
     grid = min(processors(h.device), table.tiles * -(-columns // config.block_n))
     down_fp8_kernel[(grid,)](
-        descriptor(h, table.block_m // 2, GROUP), h_scale, h_scale.stride(0),
+        descriptor(h, ROWS.value, GROUP), h_scale, h_scale.stride(0),
         descriptor(w2.view(experts * columns, K), config.block_n, GROUP), w2_scale, y, y.stride(0), table.tile_expert,
         table.tile_start, table.ends, table.tile_start if table.slots is None else table.slots,
         w2_scale if row_weights is None else row_weights, float(scale), table.tiles, K, columns,
-        HAS_SLOTS=table.slots is not None, HAS_WEIGHTS=row_weights is not None, BM=table.block_m, BN=config.block_n,
+        HAS_SLOTS=table.slots is not None, HAS_WEIGHTS=row_weights is not None, BN=config.block_n,
         BK=config.block_k, STAGES=config.stages, GROUP_M=config.group_m, num_warps=4,
     )  # fmt: skip
     return y

@@ -1,8 +1,12 @@
 """Grouped GEMMs for Hopper at prefill sizes: persistent, warp-specialised, in Gluon (sm_90a, Triton 3.6 and later).
 
 One CTA an SM. A producer warpgroup fills a ring of `stages` slots in shared memory (weights by TMA; activations by
-TMA, or gathered row by row with cp.async); two consumer warpgroups each own half of a tile's rows and all of its
+TMA, or gathered row by row with cp.async); two or three consumer warpgroups each own 64 rows of a tile and all of its
 columns. The protocol of a slot is in `hopper_common.py`.
+
+Roofline: the tensor cores, then the L2 cache. A step of 64 of K in a tile of 128 x 256 takes 48 KiB for 4.2 MFLOP, so
+the 790 TFLOP/s of a dense product need 9.0 TB/s from the L2 cache, which gives 7 to 8; in one of 192 x 256 it is 56 KiB
+for 6.3 MFLOP, 7.0 TB/s. 256 x 256 does not fit the registers.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moe_core_triton.kernels.activation import activate
 from moe_core_triton.kernels.hopper_common import (
+    ROWS,
     HopperConfig,
     acc_layout,
     count_live,
@@ -38,56 +43,65 @@ DEFAULT = HopperConfig()
 
 
 @gluon.jit
-def _multiply(ring, it, steps, PART: gl.constexpr, STAGES: gl.constexpr, GATHERED: gl.constexpr):
-    """One tile's half of the rows: [BM / 2, BN] in float32. A slot's wgmma runs while the next slot is waited for."""
+def _multiply(ring, it, steps, PART: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+              GATHERED: gl.constexpr):  # fmt: skip
+    """One consumer's rows of a tile: the left and the right half of its columns, [64, BN / 2] each, in float32.
+
+    A slot's products run while the next slot is waited for. Two consumers take one instruction for both halves; with
+    three a thread has 128 registers at the start of the kernel, and ptxas refuses an instruction that names more.
+    """
     a_ring, b_ring, full, empty = ring
-    HALF: gl.constexpr = a_ring.shape[1] // 2
     BN: gl.constexpr = b_ring.shape[1]
-    layout: gl.constexpr = acc_layout(BN, a_ring.dtype.primitive_bitwidth)
-    acc = gl.zeros([HALF, BN], gl.float32, layout)
+    HALF: gl.constexpr = BN // 2
+    WHOLE: gl.constexpr = PARTS == 2
+    whole = gl.zeros([ROWS, BN], gl.float32, acc_layout(BN, 16))
+    left = gl.zeros([ROWS, HALF], gl.float32, acc_layout(HALF, 16))
+    right = gl.zeros([ROWS, HALF], gl.float32, acc_layout(HALF, 16))
     for step in range(steps):
         stage = it % STAGES
         mbarrier.wait(full.index(stage), (it // STAGES) & 1)
         if GATHERED:  # cp.async wrote the rows: by the generic proxy, and wgmma reads by the other
             fence_async_shared()
-        a = a_ring.index(stage).slice(PART * HALF, HALF)
-        b = b_ring.index(stage).permute((1, 0))
-        acc = warpgroup_mma(a, b, acc, use_acc=step > 0, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=(acc,))
+        a = a_ring.index(stage * PARTS + PART)
+        b = b_ring.index(stage)
+        if WHOLE:
+            whole = warpgroup_mma(a, b.permute((1, 0)), whole, use_acc=step > 0, is_async=True)
+            whole = warpgroup_mma_wait(1, deps=(whole,))
+        else:
+            left = warpgroup_mma(a, b.slice(0, HALF).permute((1, 0)), left, use_acc=step > 0, is_async=True)
+            right = warpgroup_mma(a, b.slice(HALF, HALF).permute((1, 0)), right, use_acc=step > 0, is_async=True)
+            left, right = warpgroup_mma_wait(2, deps=(left, right))
         mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), count=1, pred=step > 0)
         it += 1
-    acc = warpgroup_mma_wait(0, deps=(acc,))
+    if WHOLE:
+        whole = warpgroup_mma_wait(0, deps=(whole,))
+        # A thread holds the same places of both halves.
+        left, right = gl.split(whole.reshape([ROWS, 2, HALF]).permute(0, 2, 1))
+        left = gl.convert_layout(left, acc_layout(HALF, 16), assert_trivial=True)
+        right = gl.convert_layout(right, acc_layout(HALF, 16), assert_trivial=True)
+    else:
+        left, right = warpgroup_mma_wait(0, deps=(left, right))
     mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), count=1)
-    return acc
+    return left, right
 
 
 @gluon.jit
-def _halves(acc):
-    """The left and the right half of the columns; a thread holds the same places of both."""
-    M: gl.constexpr = acc.shape[0]
-    N: gl.constexpr = acc.shape[1]
-    return gl.split(acc.reshape([M, 2, N // 2]).permute(0, 2, 1))
-
-
-@gluon.jit
-def _consume_up(ring, table, h, h_stride, span, act, PART: gl.constexpr, ACT: gl.constexpr, HAS_LIMIT: gl.constexpr,
-                GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+def _consume_up(given, PART: gl.constexpr, PARTS: gl.constexpr, ACT: gl.constexpr,
+                HAS_LIMIT: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
                 GATHERED: gl.constexpr):  # fmt: skip
+    ring, table, h, h_stride, span, act = given
     live, n_tiles, inter, K = span
-    BM: gl.constexpr = ring[0].shape[1]
-    BK: gl.constexpr = ring[0].shape[2]
     COLS: gl.constexpr = ring[1].shape[1] // 2
-    HALF: gl.constexpr = BM // 2
     layout: gl.constexpr = store_layout(COLS, 16)
-    rows = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
+    rows = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     cols = gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
-    steps = gl.cdiv(K, BK)
+    steps = gl.cdiv(K, ring[0].shape[2])
     it = 0
     for tile in range(gl.program_id(0), live * n_tiles, gl.num_programs(0)):
         m, n = place(tile, live, n_tiles, GROUP_M)
-        _, start, count = rows_of(m, table, BM)
-        if count > PART * HALF:
-            gate, up = _halves(_multiply(ring, it, steps, PART, STAGES, GATHERED))
+        _, start, count = rows_of(m, table, PARTS * ROWS)
+        if count > PART * ROWS:
+            gate, up = _multiply(ring, it, steps, PART, PARTS, STAGES, GATHERED)
             out = activate(gate, up, ACT, act[0], act[1], act[2], HAS_LIMIT)
             out = gl.convert_layout(out.to(h.dtype.element_ty), layout)
             column = n * COLS + cols
@@ -99,41 +113,37 @@ def _consume_up(ring, table, h, h_stride, span, act, PART: gl.constexpr, ACT: gl
 
 
 @gluon.jit
-def _consume_down(ring, table, slots, row_weights, y, y_stride, span, scale, PART: gl.constexpr,
-                  HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr, GROUP_M: gl.constexpr,
+def _consume_down(given, PART: gl.constexpr, PARTS: gl.constexpr, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr, GROUP_M: gl.constexpr,
                   STAGES: gl.constexpr):  # fmt: skip
+    ring, table, slots, row_weights, y, y_stride, span, scale = given
     live, n_tiles, columns, K = span
-    BM: gl.constexpr = ring[0].shape[1]
-    BK: gl.constexpr = ring[0].shape[2]
     BN: gl.constexpr = ring[1].shape[1]
-    HALF: gl.constexpr = BM // 2
     layout: gl.constexpr = store_layout(BN // 2, 16)
-    rows = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
+    rows = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     cols = gl.arange(0, BN // 2, layout=gl.SliceLayout(0, layout))
-    mma: gl.constexpr = acc_layout(BN, ring[0].dtype.primitive_bitwidth)
-    rows_mma = PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, mma))
-    steps = gl.cdiv(K, BK)
+    mma: gl.constexpr = acc_layout(BN // 2, 16)
+    rows_mma = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma))
+    steps = gl.cdiv(K, ring[0].shape[2])
     it = 0
     for tile in range(gl.program_id(0), live * n_tiles, gl.num_programs(0)):
         m, n = place(tile, live, n_tiles, GROUP_M)
-        _, start, count = rows_of(m, table, BM)
-        if count > PART * HALF:
+        _, start, count = rows_of(m, table, PARTS * ROWS)
+        if count > PART * ROWS:
             slot = start + rows
             slot_mma = start + rows_mma
             if HAS_SLOTS:
                 slot = gl.load(slots + slot, mask=rows < count, other=0)
                 slot_mma = gl.load(slots + slot_mma, mask=rows_mma < count, other=0)
-            factor = gl.full([HALF], scale, gl.float32, rows_mma.type.layout)
+            factor = gl.full([ROWS], scale, gl.float32, rows_mma.type.layout)
             if HAS_WEIGHTS:
                 factor *= gl.load(row_weights + slot_mma, mask=rows_mma < count, other=0.0)
-            acc = _multiply(ring, it, steps, PART, STAGES, False)
-            left, right = _halves(acc * factor[:, None])
+            left, right = _multiply(ring, it, steps, PART, PARTS, STAGES, False)
             line = y + slot.to(gl.int64)[:, None] * y_stride
             column = n * BN + cols
-            out = gl.convert_layout(left.to(y.dtype.element_ty), layout)
+            out = gl.convert_layout((left * factor[:, None]).to(y.dtype.element_ty), layout)
             gl.store(line + column[None, :], out, mask=(rows < count)[:, None] & (column < columns)[None, :])
             column += BN // 2
-            out = gl.convert_layout(right.to(y.dtype.element_ty), layout)
+            out = gl.convert_layout((right * factor[:, None]).to(y.dtype.element_ty), layout)
             gl.store(line + column[None, :], out, mask=(rows < count)[:, None] & (column < columns)[None, :])
         else:
             pass_on(ring, it, steps, STAGES)
@@ -143,66 +153,101 @@ def _consume_down(ring, table, slots, row_weights, y, y_stride, span, scale, PAR
 @gluon.jit(do_not_specialize=["tiles"])
 def up_kernel(x, x_stride, x_desc, w_desc, h, h_stride, tile_expert, tile_start, ends, slots, tiles, K, inter, alpha,
               beta, limit, ACT: gl.constexpr, HAS_LIMIT: gl.constexpr, HAS_SLOTS: gl.constexpr, TOP_K: gl.constexpr,
-              EVEN_K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-              GROUP_M: gl.constexpr, SPLIT: gl.constexpr):  # fmt: skip
-    ring = make_ring(w_desc.dtype, BM, BN, BK, STAGES, (65 if SPLIT else 129) if HAS_SLOTS else 1)
+              EVEN_K: gl.constexpr, PARTS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+              GROUP_M: gl.constexpr):  # fmt: skip
+    ring = make_ring(w_desc.dtype, PARTS, BN, BK, STAGES, 129 if HAS_SLOTS else 1)
     span = (count_live(tile_expert, tiles), gl.cdiv(inter, BN // 2), inter, K)
     table = (tile_expert, tile_start, ends)
-    act = (alpha, beta, limit)
-    if not HAS_SLOTS:
-        gl.warp_specialize(
-            [
-                (_consume_up, (ring, table, h, h_stride, span, act, 0, ACT, HAS_LIMIT, GROUP_M, STAGES, False)),
-                (_consume_up, (ring, table, h, h_stride, span, act, 1, ACT, HAS_LIMIT, GROUP_M, STAGES, False)),
-                (produce_rows, (ring, table, x_desc, w_desc, span, True, GROUP_M, STAGES)),
-            ],
-            [4, 4],
-            [216, 72],
-        )
-    elif SPLIT:
-        gl.warp_specialize(
-            [
-                (_consume_up, (ring, table, h, h_stride, span, act, 0, ACT, HAS_LIMIT, GROUP_M, STAGES, True)),
-                (_consume_up, (ring, table, h, h_stride, span, act, 1, ACT, HAS_LIMIT, GROUP_M, STAGES, True)),
-                (produce_gathered, (ring, table, slots, x, x_stride, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES,
-                                    True, False)),
-                (produce_gathered, (ring, table, slots, x, x_stride, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES,
-                                    False, True)),
-            ],
-            [4, 2, 1],
-            [216, 72, 72],
-        )  # fmt: skip
+    given = (ring, table, h, h_stride, span, (alpha, beta, limit))
+    rows = (slots, x, x_stride)
+    if PARTS == 2:
+        if HAS_SLOTS:
+            gl.warp_specialize(
+                [
+                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, GROUP_M, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, GROUP_M, STAGES, HAS_SLOTS)),
+                    (
+                        produce_gathered,
+                        (ring, table, rows, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES, PARTS, True, True),
+                    ),
+                ],
+                [4, 4],
+                [216, 72],
+            )
+        else:
+            gl.warp_specialize(
+                [
+                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, GROUP_M, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, GROUP_M, STAGES, HAS_SLOTS)),
+                    (produce_rows, (ring, table, x_desc, w_desc, span, True, GROUP_M, STAGES, PARTS)),
+                ],
+                [4, 4],
+                [216, 72],
+            )
     else:
-        gl.warp_specialize(
-            [
-                (_consume_up, (ring, table, h, h_stride, span, act, 0, ACT, HAS_LIMIT, GROUP_M, STAGES, True)),
-                (_consume_up, (ring, table, h, h_stride, span, act, 1, ACT, HAS_LIMIT, GROUP_M, STAGES, True)),
-                (produce_gathered, (ring, table, slots, x, x_stride, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES,
-                                    True, True)),
-            ],
-            [4, 4],
-            [216, 72],
-        )  # fmt: skip
+        if HAS_SLOTS:
+            gl.warp_specialize(
+                [
+                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, GROUP_M, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, GROUP_M, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 2, PARTS, ACT, HAS_LIMIT, GROUP_M, STAGES, HAS_SLOTS)),
+                    (
+                        produce_gathered,
+                        (ring, table, rows, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES, PARTS, True, True),
+                    ),
+                ],
+                [4, 4, 4],
+                [160, 160, 32],
+            )
+        else:
+            gl.warp_specialize(
+                [
+                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, GROUP_M, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, GROUP_M, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 2, PARTS, ACT, HAS_LIMIT, GROUP_M, STAGES, HAS_SLOTS)),
+                    (produce_rows, (ring, table, x_desc, w_desc, span, True, GROUP_M, STAGES, PARTS)),
+                ],
+                [4, 4, 4],
+                [160, 160, 32],
+            )
 
 
 @gluon.jit(do_not_specialize=["tiles"])
 def down_kernel(h_desc, w_desc, y, y_stride, tile_expert, tile_start, ends, slots, row_weights, scale, tiles, K,
-                columns, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+                columns, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr, PARTS: gl.constexpr, BN: gl.constexpr,
                 BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr):  # fmt: skip
-    ring = make_ring(h_desc.dtype, BM, BN, BK, STAGES, 1)
+    ring = make_ring(h_desc.dtype, PARTS, BN, BK, STAGES, 1)
     span = (count_live(tile_expert, tiles), gl.cdiv(columns, BN), columns, K)
     table = (tile_expert, tile_start, ends)
-    gl.warp_specialize(
-        [
-            (_consume_down, (ring, table, slots, row_weights, y, y_stride, span, scale, 0, HAS_SLOTS, HAS_WEIGHTS,
-                             GROUP_M, STAGES)),
-            (_consume_down, (ring, table, slots, row_weights, y, y_stride, span, scale, 1, HAS_SLOTS, HAS_WEIGHTS,
-                             GROUP_M, STAGES)),
-            (produce_rows, (ring, table, h_desc, w_desc, span, False, GROUP_M, STAGES)),
-        ],
-        [4, 4],
-        [232, 40],
-    )  # fmt: skip
+    given = (ring, table, slots, row_weights, y, y_stride, span, scale)
+    if PARTS == 2:
+        gl.warp_specialize(
+            [
+                (_consume_down, (given, 0, PARTS, HAS_SLOTS, HAS_WEIGHTS, GROUP_M, STAGES)),
+                (_consume_down, (given, 1, PARTS, HAS_SLOTS, HAS_WEIGHTS, GROUP_M, STAGES)),
+                (produce_rows, (ring, table, h_desc, w_desc, span, False, GROUP_M, STAGES, PARTS)),
+            ],
+            [4, 4],
+            [232, 40],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume_down, (given, 0, PARTS, HAS_SLOTS, HAS_WEIGHTS, GROUP_M, STAGES)),
+                (_consume_down, (given, 1, PARTS, HAS_SLOTS, HAS_WEIGHTS, GROUP_M, STAGES)),
+                (_consume_down, (given, 2, PARTS, HAS_SLOTS, HAS_WEIGHTS, GROUP_M, STAGES)),
+                (produce_rows, (ring, table, h_desc, w_desc, span, False, GROUP_M, STAGES, PARTS)),
+            ],
+            [4, 4, 4],
+            [160, 160, 32],
+        )
+
+
+def parts(table: RowTable) -> int:
+    """The consumers that its tiles ask for. Raises ValueError where no kernel has so many."""
+    if table.block_m not in (2 * ROWS.value, 3 * ROWS.value):
+        raise ValueError(f"tiles have 128 or 192 rows, got {table.block_m}")
+    return table.block_m // ROWS.value
 
 
 def up_gemm(x: Tensor, w13: Tensor, table: RowTable, h: Tensor, *, top_k: int, act: str = "silu", alpha: float = 1.0,
@@ -216,13 +261,12 @@ def up_gemm(x: Tensor, w13: Tensor, table: RowTable, h: Tensor, *, top_k: int, a
     grid = min(processors(x.device), table.tiles * -(-inter // (config.block_n // 2)))
     w_desc = descriptor(w13.view(experts * twice, K), config.block_n // 2, config.block_k)
     up_kernel[(grid,)](
-        x, x.stride(0), w_desc if gathered else descriptor(x, table.block_m // 2, config.block_k), w_desc, h,
+        x, x.stride(0), w_desc if gathered else descriptor(x, ROWS.value, config.block_k), w_desc, h,
         h.stride(0), table.tile_expert, table.tile_start, table.ends, table.slots if gathered else table.tile_start,
         table.tiles, K, inter, float(alpha), float(beta), float(limit or 0.0), ACT=act,
         HAS_LIMIT=limit is not None, HAS_SLOTS=gathered,
-        TOP_K=top_k, EVEN_K=K % config.block_k == 0, BM=table.block_m, BN=config.block_n, BK=config.block_k,
-        STAGES=config.stages, GROUP_M=config.group_m, SPLIT=config.split,
-        num_warps=4,
+        TOP_K=top_k, EVEN_K=K % config.block_k == 0, PARTS=parts(table),
+        BN=config.block_n, BK=config.block_k, STAGES=config.stages, GROUP_M=config.group_m, num_warps=4,
     )  # fmt: skip
     return h
 
@@ -233,11 +277,12 @@ def down_gemm(h: Tensor, w2: Tensor, table: RowTable, y: Tensor, *, row_weights:
     experts, columns, K = w2.shape
     grid = min(processors(h.device), table.tiles * -(-columns // config.block_n))
     down_kernel[(grid,)](
-        descriptor(h, table.block_m // 2, config.block_k),
+        descriptor(h, ROWS.value, config.block_k),
         descriptor(w2.view(experts * columns, K), config.block_n, config.block_k), y, y.stride(0), table.tile_expert,
         table.tile_start, table.ends, table.tile_start if table.slots is None else table.slots,
         table.ends if row_weights is None else row_weights, float(scale), table.tiles, K, columns,
-        HAS_SLOTS=table.slots is not None, HAS_WEIGHTS=row_weights is not None, BM=table.block_m, BN=config.block_n,
+        HAS_SLOTS=table.slots is not None, HAS_WEIGHTS=row_weights is not None, PARTS=parts(table),
+        BN=config.block_n,
         BK=config.block_k, STAGES=config.stages, GROUP_M=config.group_m, num_warps=4,
     )  # fmt: skip
     return y
