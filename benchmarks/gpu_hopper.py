@@ -35,13 +35,18 @@ class Variant:
 
 
 SHORT = ("qwen30 4k", "dsv3ep8 4k")
+LONG = ("mixtral 1k", "olmoe 1k", "qwen30 16k", "dsv3ep8 4k", "gptoss 4k", "mixtral 4k")
 THREE = {"stages": 3}  # of slots with 192 rows
+FINE = {"block_k": 32, "stages": 8}
 VARIANTS = {
     "fp8": Variant(fp8=True),
     "fp8group": Variant({"group_m": 16}, {"group_m": 16}, fp8=True, only=SHORT),
     "fp8pre": Variant(fp8=True, pre=True, only=SHORT),
     "base": Variant(),
     "192": Variant(THREE, THREE, block_m=192),
+    "three": Variant(THREE, THREE, only=LONG),
+    "bk32": Variant(FINE, FINE, only=LONG),
+    "192bk32": Variant(FINE | {"stages": 7}, FINE | {"stages": 7}, block_m=192, only=LONG),
     "group": Variant({"group_m": 16}, {"group_m": 4}, only=SHORT),
     "192group": Variant(THREE | {"group_m": 4}, THREE | {"group_m": 16}, block_m=192, only=SHORT),
     "pre": Variant(pre=True, only=SHORT),

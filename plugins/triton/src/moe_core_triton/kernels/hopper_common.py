@@ -102,7 +102,7 @@ def _load_weights(w_desc, ready, slot, row, k, inter, GATED: gl.constexpr):
 
 
 @gluon.jit
-def _rows_from(slots, start, count, x_stride, rows, cols, PART: gl.constexpr, TOP_K: gl.constexpr):
+def rows_from(slots, start, count, x_stride, rows, cols, PART: gl.constexpr, TOP_K: gl.constexpr):
     """Offsets in x of a piece's elements [64, BK] at k = 0; rows that do not exist stand in for the tile's first."""
     row = PART * rows.shape[0] + rows
     token = gl.load(slots + (start + gl.where(row < count, row, 0))) // TOP_K
@@ -110,7 +110,7 @@ def _rows_from(slots, start, count, x_stride, rows, cols, PART: gl.constexpr, TO
 
 
 @gluon.jit
-def _copy_rows(x, offsets, k, cols, K, piece, EVEN_K: gl.constexpr):
+def copy_rows(x, offsets, k, cols, K, piece, EVEN_K: gl.constexpr):
     """One step of K of a piece. The pointers are made here: sixteen registers more would be spilled ones."""
     if EVEN_K:
         async_copy.async_copy_global_to_shared(piece, x + (offsets + k))
@@ -139,9 +139,9 @@ def produce_gathered(ring, table, given, w_desc, span, TOP_K: gl.constexpr, EVEN
         m, n = place(tile, live, n_tiles, GROUP_M)
         expert, start, count = rows_of(m, table, PARTS * ROWS)
         if TAKES_ROWS:
-            first = _rows_from(slots, start, count, x_stride, rows, cols, 0, TOP_K)
-            second = _rows_from(slots, start, count, x_stride, rows, cols, 1, TOP_K)
-            third = _rows_from(slots, start, count, x_stride, rows, cols, PARTS - 1, TOP_K)
+            first = rows_from(slots, start, count, x_stride, rows, cols, 0, TOP_K)
+            second = rows_from(slots, start, count, x_stride, rows, cols, 1, TOP_K)
+            third = rows_from(slots, start, count, x_stride, rows, cols, PARTS - 1, TOP_K)
         gate_row = expert * (2 * inter) + n * (BN // 2)
         for k in range(0, K, BK):
             stage = it % STAGES
@@ -151,12 +151,12 @@ def produce_gathered(ring, table, given, w_desc, span, TOP_K: gl.constexpr, EVEN
                 mbarrier.expect(ready, BN * BK * BYTES)
                 _load_weights(w_desc, ready, b_ring.index(stage), gate_row, k, inter, True)
             if TAKES_ROWS:
-                _copy_rows(x, first, k, cols, K, a_ring.index(stage * PARTS), EVEN_K)
+                copy_rows(x, first, k, cols, K, a_ring.index(stage * PARTS), EVEN_K)
                 if count > ROWS:
-                    _copy_rows(x, second, k, cols, K, a_ring.index(stage * PARTS + 1), EVEN_K)
+                    copy_rows(x, second, k, cols, K, a_ring.index(stage * PARTS + 1), EVEN_K)
                 if PARTS == 3:
                     if count > 2 * ROWS:
-                        _copy_rows(x, third, k, cols, K, a_ring.index(stage * PARTS + 2), EVEN_K)
+                        copy_rows(x, third, k, cols, K, a_ring.index(stage * PARTS + 2), EVEN_K)
                 async_copy.mbarrier_arrive(ready, increment_count=False)
             it += 1
 

@@ -86,9 +86,8 @@ def _multiply(ring, it, steps, PART: gl.constexpr, PARTS: gl.constexpr, STAGES: 
 
 
 @gluon.jit
-def _consume_up(given, PART: gl.constexpr, PARTS: gl.constexpr, ACT: gl.constexpr,
-                HAS_LIMIT: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
-                GATHERED: gl.constexpr):  # fmt: skip
+def _consume_up(given, PART: gl.constexpr, PARTS: gl.constexpr, ACT: gl.constexpr, HAS_LIMIT: gl.constexpr,
+                GROUP_M: gl.constexpr, STAGES: gl.constexpr, GATHERED: gl.constexpr):  # fmt: skip
     ring, table, h, h_stride, span, act = given
     live, n_tiles, inter, K = span
     COLS: gl.constexpr = ring[1].shape[1] // 2
@@ -113,8 +112,8 @@ def _consume_up(given, PART: gl.constexpr, PARTS: gl.constexpr, ACT: gl.constexp
 
 
 @gluon.jit
-def _consume_down(given, PART: gl.constexpr, PARTS: gl.constexpr, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr, GROUP_M: gl.constexpr,
-                  STAGES: gl.constexpr):  # fmt: skip
+def _consume_down(given, PART: gl.constexpr, PARTS: gl.constexpr, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr,
+                  GROUP_M: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     ring, table, slots, row_weights, y, y_stride, span, scale = given
     live, n_tiles, columns, K = span
     BN: gl.constexpr = ring[1].shape[1]
@@ -264,9 +263,9 @@ def up_gemm(x: Tensor, w13: Tensor, table: RowTable, h: Tensor, *, top_k: int, a
         x, x.stride(0), w_desc if gathered else descriptor(x, ROWS.value, config.block_k), w_desc, h,
         h.stride(0), table.tile_expert, table.tile_start, table.ends, table.slots if gathered else table.tile_start,
         table.tiles, K, inter, float(alpha), float(beta), float(limit or 0.0), ACT=act,
-        HAS_LIMIT=limit is not None, HAS_SLOTS=gathered,
-        TOP_K=top_k, EVEN_K=K % config.block_k == 0, PARTS=parts(table),
-        BN=config.block_n, BK=config.block_k, STAGES=config.stages, GROUP_M=config.group_m, num_warps=4,
+        HAS_LIMIT=limit is not None, HAS_SLOTS=gathered, TOP_K=top_k, EVEN_K=K % config.block_k == 0,
+        PARTS=parts(table), BN=config.block_n, BK=config.block_k, STAGES=config.stages, GROUP_M=config.group_m,
+        num_warps=4,
     )  # fmt: skip
     return h
 

@@ -1,0 +1,110 @@
+"""The ring of the kernels in `hopper_mxfp4.py`, and what fills it. The protocol of a slot is in `hopper_common.py`."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
+
+from moe_core_triton.kernels.hopper_common import copy_rows, place, rows_from, rows_of
+from moe_core_triton.kernels.hopper_unpack import HALF
+
+
+@gluon.jit
+def make_ring(BM: gl.constexpr, PARTS: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr,
+               FULL: gl.constexpr):  # fmt: skip
+    """Tokens (128 at most, then 64 more), weights, barriers. FULL arrivals fill a slot, PARTS empty it."""
+    FIRST: gl.constexpr = min(BM, 128)
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    tokens = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, FIRST, HALF], layout)
+    more = tokens
+    if BM > FIRST:
+        more = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, BM - FIRST, HALF], layout)
+    w_layout: gl.constexpr = gl.NVMMASharedLayout(64, 8, 2)
+    w_ring = gl.allocate_shared_memory(gl.uint8, [STAGES * 2, 32 * PARTS * BLOCKS, HALF], w_layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=FULL)
+        mbarrier.init(empty.index(stage), count=PARTS)
+    fence_async_shared()
+    return tokens, more, w_ring, full, empty
+
+
+@gluon.jit
+def produce_gathered(ring, table, given, w_desc, span, TOP_K: gl.constexpr, EVEN_K: gl.constexpr, BM: gl.constexpr,
+                GROUP_M: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Gathered rows of x, and the gate and up rows of an expert for the same columns of h."""
+    w_ring, full, empty = ring[2], ring[3], ring[4]
+    slots, x, x_stride = given
+    live, n_tiles, inter, K = span
+    SIZE: gl.constexpr = min(BM, 64)
+    BOX: gl.constexpr = w_ring.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    rows = gl.arange(0, SIZE, layout=gl.SliceLayout(1, layout))
+    cols = gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
+    it = 0
+    for tile in range(gl.program_id(0), live * n_tiles, gl.num_programs(0)):
+        m, n = place(tile, live, n_tiles, GROUP_M)
+        expert, start, count = rows_of(m, table, BM)
+        first = rows_from(slots, start, count, x_stride, rows, cols, 0, TOP_K)
+        second = rows_from(slots, start, count, x_stride, rows, cols, min(BM // SIZE - 1, 1), TOP_K)
+        third = rows_from(slots, start, count, x_stride, rows, cols, BM // SIZE - 1, TOP_K)
+        gate_row = expert * (2 * inter) + n * BOX
+        for step in range(gl.cdiv(K, 2 * HALF)):
+            stage = it % STAGES
+            mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
+            ready = full.index(stage)
+            mbarrier.expect(ready, 2 * BOX * HALF)
+            tma.async_copy_global_to_shared(w_desc, [gate_row, step * HALF], ready, w_ring.index(stage * 2))
+            tma.async_copy_global_to_shared(w_desc, [gate_row + inter, step * HALF], ready, w_ring.index(stage * 2 + 1))
+            for half in gl.static_range(2):
+                k = step * (2 * HALF) + half * HALF
+                at = stage * 2 + half
+                copy_rows(x, first, k, cols, K, ring[0].index(at).slice(0, SIZE), EVEN_K)
+                if BM > SIZE:
+                    if count > SIZE:
+                        copy_rows(x, second, k, cols, K, ring[0].index(at).slice(SIZE, SIZE), EVEN_K)
+                if BM > 2 * SIZE:
+                    if count > 2 * SIZE:
+                        copy_rows(x, third, k, cols, K, ring[1].index(at), EVEN_K)
+            async_copy.mbarrier_arrive(ready, increment_count=False)
+            it += 1
+
+
+@gluon.jit
+def produce_rows(ring, table, a_desc, w_desc, span, GATED: gl.constexpr, BM: gl.constexpr, GROUP_M: gl.constexpr,
+                  STAGES: gl.constexpr):  # fmt: skip
+    """Positions, which are contiguous, as far as the tile has any, and rows of weights."""
+    w_ring, full, empty = ring[2], ring[3], ring[4]
+    live, n_tiles, size, K = span
+    SIZE: gl.constexpr = min(BM, 64)
+    BOX: gl.constexpr = w_ring.shape[1]
+    it = 0
+    for tile in range(gl.program_id(0), live * n_tiles, gl.num_programs(0)):
+        m, n = place(tile, live, n_tiles, GROUP_M)
+        expert, start, count = rows_of(m, table, BM)
+        row = expert * (2 * size) + n * BOX if GATED else expert * size + n * (2 * BOX)
+        other = row + size if GATED else row + BOX
+        pieces = gl.cdiv(count, SIZE)
+        for step in range(gl.cdiv(K, 2 * HALF)):
+            stage = it % STAGES
+            mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
+            ready = full.index(stage)
+            for piece in gl.static_range(BM // SIZE):
+                mbarrier.expect(ready, 2 * BOX * HALF + (piece + 1) * SIZE * HALF * 4, pred=pieces == piece + 1)
+            tma.async_copy_global_to_shared(w_desc, [row, step * HALF], ready, w_ring.index(stage * 2))
+            tma.async_copy_global_to_shared(w_desc, [other, step * HALF], ready, w_ring.index(stage * 2 + 1))
+            for half in gl.static_range(2):
+                k = step * (2 * HALF) + half * HALF
+                at = stage * 2 + half
+                for piece in gl.static_range(min(BM // SIZE, 2)):
+                    tma.async_copy_global_to_shared(
+                        a_desc, [start + piece * SIZE, k], ready, ring[0].index(at).slice(piece * SIZE, SIZE),
+                        pred=piece < pieces,
+                    )  # fmt: skip
+                if BM > 2 * SIZE:
+                    tma.async_copy_global_to_shared(
+                        a_desc, [start + 2 * SIZE, k], ready, ring[1].index(at), pred=pieces > 2
+                    )
+            it += 1
