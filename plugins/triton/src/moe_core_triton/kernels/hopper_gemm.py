@@ -113,8 +113,8 @@ def _consume_up(given, PART: gl.constexpr, PARTS: gl.constexpr, ACT: gl.constexp
 
 
 @gluon.jit
-def _consume_down(given, PART: gl.constexpr, PARTS: gl.constexpr, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr, GROUP_M: gl.constexpr,
-                  STAGES: gl.constexpr):  # fmt: skip
+def _consume_down(given, PART: gl.constexpr, PARTS: gl.constexpr, HAS_SLOTS: gl.constexpr,
+                  HAS_WEIGHTS: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     ring, table, slots, row_weights, y, y_stride, span, scale = given
     live, n_tiles, columns, K = span
     BN: gl.constexpr = ring[1].shape[1]
