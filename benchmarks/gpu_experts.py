@@ -193,7 +193,7 @@ def _split(context: click.Context, parameter: click.Parameter, value: str) -> tu
 @click.option("--schemes", callback=_split, default=",".join(SCHEMES), show_default=True)
 @click.option("--tokens", callback=_split, default=",".join(map(str, TOKENS)), show_default=True)
 @click.option("--routing", callback=_split, default="uniform", show_default=True, help="uniform,skewed")
-@click.option("--runner", callback=_split, default="triton", show_default=True, help="Runners of moe_core.")
+@click.option("--runner", callback=_split, default="triton", show_default=True, help="Of moe_core, or triton-plain.")
 @click.option("--peers", callback=_split, default="torch_gmm,quack,flashinfer", show_default=True, help="'' for none.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench-out"), show_default=True)
 @click.option("--seed", type=int, help="Default: a fresh one.")

@@ -81,7 +81,7 @@ class Run:
     each: float
     device: torch.device
     dry: bool
-    specialized: bool
+    plain: bool
 
 
 def config_of(run: Run, name: str, scheme: str) -> MoeConfig:
@@ -99,8 +99,8 @@ def tune_problem(run: Run, problem: str, budget_s: float, compilers: Compilers |
     name, scheme = problem.split(":")
     config = config_of(run, name, scheme)
     weights = making.random_weights(config, run.device, 0)
-    # What is shipped names specialized kernels where they are the fastest; only plans with that option take them.
-    options = {} if run.dry or not run.specialized else {"triton": {"specialized": True}}
+    # Plans without the specialized kernels have entries of their own.
+    options = {"triton": {"specialized": False}} if run.plain else {}
     settings = Settings(runner="triton_interpreter" if run.dry else "triton", options=options)
     registry = Registry(plugins=[plugin], autoload=False, settings=settings)  # whether it is installed or not
     bound = moe_core.plan(config, weights, max_tokens=max(run.tokens), settings=settings, registry=registry)
@@ -193,7 +193,7 @@ def _parts(value: str) -> tuple[str, ...]:
 @click.option("--store", default="", help="Name of the file in OUT; default: nvidia_h200.json or holdout.json.")
 @click.option("--holdout", is_flag=True, help="Tune the never-tuned layers, and say what their defaults are worth.")
 @click.option("--shipped", type=click.Path(exists=True, path_type=Path), help="The file that defaults come from.")
-@click.option("--specialized", is_flag=True, help="With the runner's option `specialized`.")
+@click.option("--plain", is_flag=True, help="With ordinary kernels only: the runner's option `specialized` is false.")
 @click.option("--verbose", is_flag=True, help="Every round.")
 @click.option("--dry", is_flag=True, help="Tiny layers in the interpreter: every step, no meaning.")
 def main(
@@ -205,7 +205,7 @@ def main(
     store: str,
     holdout: bool,
     shipped: Path | None,
-    specialized: bool,
+    plain: bool,
     verbose: bool,
     dry: bool,
 ) -> None:
@@ -237,7 +237,7 @@ def main(
             each=each,
             device=torch.device("cpu" if dry else "cuda"),
             dry=dry,
-            specialized=specialized,
+            plain=plain,
         )
         code = execute(run, Console(width=150, soft_wrap=True), verbose=verbose)
     raise SystemExit(code)

@@ -23,6 +23,8 @@ from .floors import OURS
 from .making import Inputs
 
 Bound = Callable[[Inputs], Tensor]
+#: Runners with options of their own: name -> runner, options.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"triton-plain": ("triton", {"specialized": False})}
 #: The plan serves up to this many tokens as decode.
 DECODE_TOKENS = 256
 
@@ -51,14 +53,14 @@ def registry(runner: str) -> Registry:
 def ours(runner: str) -> Contestant:
     """A plan with that runner, as a server makes it: framework time counts where no graph hides it.
 
-    runner: a name, or "name+option" for one with an option of its own set.
+    runner: a name, or one of `VARIANTS`.
     """
-    name, _, option = runner.partition("+")
+    name, options = VARIANTS.get(runner, (runner, {}))
 
     def bind(config: MoeConfig, weights: CanonicalWeights, max_tokens: int) -> Bound:
         graph: dict[str, Any] = {"graph_capture": tuple(Phase)} if weights.device.type == "cuda" else {}
         hardware = moe_core.detect_hardware() if weights.device.type == "cuda" else None
-        settings = Settings(runner=name, options={name: {option: True}} if option else {})
+        settings = Settings(runner=name, options={name: options} if options else {})
         choice: dict[str, Any] = {"settings": settings, "registry": registry(name), "max_tokens": max_tokens}
         plan = moe_core.plan(config, weights, hardware=hardware, **choice, **graph)
 

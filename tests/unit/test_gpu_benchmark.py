@@ -21,6 +21,7 @@ import plot_gpu  # noqa: E402
 import shapes  # noqa: E402
 from _gpu import checking, contestants, floors, making, points, report, timing, warmup  # noqa: E402
 
+import moe_core  # noqa: E402
 from moe_core.config import ParallelConfig, RoutingConfig  # noqa: E402
 from moe_core.errors import ConfigError  # noqa: E402
 from moe_core.presets import preset  # noqa: E402
@@ -260,6 +261,21 @@ def test_interleaving() -> None:
     w13 = torch.arange(8).view(1, 8, 1).expand(2, 8, 3)
     assert contestants.interleave(w13)[0, :, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
     assert contestants.interleave(w13, rows=2)[1, :, 2].tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("runner", "options"), [("triton", {}), ("triton-plain", {"triton": {"specialized": False}}), ("reference", {})]
+)
+def test_what_a_contestant_asks_for(monkeypatch: pytest.MonkeyPatch, runner: str, options: dict[str, Any]) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(contestants, "registry", lambda name: name)
+    monkeypatch.setattr(moe_core, "plan", lambda config, weights, **given: asked.append(given))
+    contestant = contestants.ours(runner)
+    contestant.bind(TINY.config(), making.random_weights(TINY.config(), CPU, 0), 8)
+    assert contestant.name == f"moe_core {runner}"
+    name = runner.removesuffix("-plain")
+    assert (asked[0]["registry"], asked[0]["settings"].runner) == (name, name)
+    assert asked[0]["settings"].options == options
 
 
 def test_peers_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

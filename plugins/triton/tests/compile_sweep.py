@@ -16,11 +16,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from moe_core_triton import planning
+from moe_core_triton import hopper, planning
 from moe_core_triton import plugin as declared
-from moe_core_triton.configs.candidates import candidates
-from moe_core_triton.configs.config import Problem
+from moe_core_triton.configs import device as devices
+from moe_core_triton.configs.candidates import candidates, specialized
+from moe_core_triton.configs.config import LayerConfig, Problem
 from moe_core_triton.configs.device import KNOWN, Device
+from moe_core_triton.configs.specialized import computes
 from moe_core_triton.kernels import launching
 
 import moe_core
@@ -48,6 +50,8 @@ SCHEMES = (
 )
 #: The decode path, small and middle tiles, and prefill.
 TOKENS = (1, 8, 64, 512, 8192)
+#: From here on layers get the specialised kernels too, where they have any.
+PREFILL = 512
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,13 @@ class Layer:
         values: dict[str, Any] = {"num_experts": 8, "top_k": 4, "hidden_size": 2048, "intermediate_size": 1024}
         return MoeConfig(**(values | self.changes))
 
-    def problem(self) -> Problem:
-        """With all experts."""
+    def problem(self, arch: str) -> Problem:
+        """With all experts. The specialised kernels are the default on sm_90, for the layers that they compute."""
         c = self.config
         gated = c.activation.gated
         sizes = (c.hidden_size, c.intermediate_size)
-        return Problem(self.experts, c.top_k, *sizes, gated, c.dtype, c.scheme, c.group_size)
+        theirs = arch == "sm_90" and computes(c, c.intermediate_size)
+        return Problem(self.experts, c.top_k, *sizes, gated, c.dtype, c.scheme, c.group_size, theirs)
 
 
 def layers(subset: bool) -> Iterator[Layer]:
@@ -183,7 +188,7 @@ def planned_for(arch: str) -> Iterator[Any]:
     with ExitStack() as stack:
         # Names that modules imported from one another are patched wherever they are.
         originals = {name: getattr(launching, name, None) for name in ("_capability", "processors")}
-        originals |= {name: getattr(planning, name, None) for name in ("this_device",)}
+        originals["this_device"] = devices.this_device
         for name, original in originals.items():
             for module in [m for n, m in sys.modules.items() if n.startswith("moe_core_triton") and original]:
                 if getattr(module, name, None) is original:
@@ -194,6 +199,10 @@ def planned_for(arch: str) -> Iterator[Any]:
         def fix(problem: Problem, tokens: int, limit: int) -> Iterator[str]:
             """Makes one configuration after the other the one that all layers get."""
             found = candidates(problem, tokens, device, limit)
+            if problem.specialized and tokens >= PREFILL:
+                # Chosen where somebody measured it to be the fastest: the model alone may not think so.
+                both = LayerConfig("tiles", hopper.BLOCK_M, specialized(problem), specialized(problem))
+                found = list(dict.fromkeys((*found, both)))
             tiles = next((c for c in candidates(problem, tokens, device, 32) if c.path != "tiny"), None)
             for config in found:
                 chosen[:] = config, tiles if config.path == "tiny" else config
@@ -211,7 +220,7 @@ def sweep(target: Any, origin: list[str], *, subset: bool) -> None:
     with planned_for(target.name) as fix:
         for layer in layers(subset):
             try:
-                _launch(layer, known, fix, origin)
+                _launch(layer, known, fix, origin, target.name)
             except Exception as error:
                 error.add_note(f"while launching {origin[-1]} for {target.name}")
                 raise
@@ -219,7 +228,7 @@ def sweep(target: Any, origin: list[str], *, subset: bool) -> None:
         _routers(subset)
 
 
-def _launch(layer: Layer, known: Registry, fix: Any, origin: list[str]) -> None:
+def _launch(layer: Layer, known: Registry, fix: Any, origin: list[str], arch: str) -> None:
     config = layer.config
     origin[-1] = layer.name
     settings = Settings(runner=RUNNER, dispatcher=layer.dispatcher, path=layer.path)
@@ -230,7 +239,7 @@ def _launch(layer: Layer, known: Registry, fix: Any, origin: list[str]) -> None:
     for tokens in layer.tokens:
         hidden = torch.zeros(tokens, config.hidden_size, dtype=getattr(torch, config.dtype))
         topk = make_routing("uniform", tokens, 8, config.top_k)
-        for text in fix(layer.problem(), tokens, layer.limit):
+        for text in fix(layer.problem(arch), tokens, layer.limit):
             origin[-1] = f"{layer.name} T={tokens} {text}"
             plan(hidden, topk, state=RunningState(hooks=hooks))
 

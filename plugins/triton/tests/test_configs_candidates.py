@@ -215,17 +215,19 @@ def test_legal_spaces_are_of_a_searchable_size():
         assert 10 < len(list(gemms(QWEN, "up", block_m, H200))) < 800
 
 
-def test_specialized_kernels_are_only_for_those_who_asked():
-    asked = replace(QWEN, specialized=True, scheme="fp8_block128")
+def test_specialized_kernels_are_only_for_problems_that_have_them():
+    theirs = replace(QWEN, specialized=True, scheme="fp8_block128")
     for tokens in (1024, 4096, 16384):
-        for problem in (asked, replace(asked, specialized=False)):
+        for problem in (theirs, replace(theirs, specialized=False)):
             found = [gemm.specialized for one in candidates(problem, tokens, H200) for gemm in (one.up, one.down)]
             assert any(found) is problem.specialized
-    config = LayerConfig("tiles", 128, specialized(asked), specialized(asked))
-    assert why_not(asked, config, H200) is None
-    assert "option" in (why_not(replace(asked, specialized=False), config, H200) or "")
-    assert "sm_90" in (why_not(asked, config, DEVICES["b200"]) or "")
-    assert why_not(replace(asked, specialized=False), config.plain, H200) is None
+    config = LayerConfig("tiles", 128, specialized(theirs), specialized(theirs))
+    assert why_not(theirs, config, H200) is None
+    assert "turned off" in (why_not(replace(theirs, specialized=False), config, H200) or "")
+    assert "sm_90" in (why_not(theirs, config, DEVICES["b200"]) or "")
+    for other in (replace(config, block_m=64), replace(config, up=replace(config.up, num_stages=3))):
+        assert "one tile" in (why_not(theirs, other, H200) or "")
+    assert why_not(replace(theirs, specialized=False), config.plain, H200) is None
     half = LayerConfig("tiles", 128, specialized(QWEN), GemmConfig(256, 64, 8, 4, False, True, 8))
     assert half.plain.down == half.down
     assert why_not(QWEN, half.plain, H200) is None

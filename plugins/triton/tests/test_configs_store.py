@@ -221,7 +221,7 @@ def test_bound_to_a_plan(home, tmp_path):
     assert stores.bound(batched).local(64) == 64
 
 
-def test_what_is_shipped_serves_plans_without_the_specialized_kernels():
+def test_what_is_shipped_serves_its_own_problems():
     for file in stores.SHIPPED.glob("*.json"):
         for section in Store.read(file).sections.values():
             for key in section:
@@ -231,18 +231,18 @@ def test_what_is_shipped_serves_plans_without_the_specialized_kernels():
                     assert why_not(problem, configs(tokens), H200, tokens) is None
 
 
-def test_what_was_tuned_with_specialized_kernels_is_kept_apart():
+def test_what_was_tuned_with_specialized_kernels_is_kept_apart(write):
     plain = Problem.parse("E128k8H2048I768-gated-bfloat16-bf16")
-    asked = Problem.parse(f"{plain.key}+specialized")
-    assert asked == replace(plain, specialized=True)
-    assert Problem.parse(asked.key) == asked
-    mine, theirs = (Configs(problem, H200, triton="3.6").choose(4096) for problem in (plain, asked))
+    with_them = Problem.parse(f"{plain.key}+specialized")
+    assert with_them == replace(plain, specialized=True)
+    assert Problem.parse(with_them.key) == with_them
+    mine, theirs = (Configs(problem, H200, triton="3.6").choose(4096) for problem in (plain, with_them))
     assert not any(gemm.specialized for gemm in (mine.config.up, mine.config.down))
     assert theirs.source == "shipped"
     assert any(gemm.specialized for gemm in (theirs.config.up, theirs.config.down))
-    # Where nothing was tuned with them, what everybody can use is theirs too.
-    packed = Problem.parse("E128k4H2880I2880-gated-bfloat16-mxfp4_w4a16+specialized")
-    assert Configs(packed, H200, triton="3.6").choose(64).source == "shipped"
+    # Where nothing was tuned with them, what every plan can use is theirs too.
+    user = write("user.json", (64, tiles(16)))
+    assert make(problem=replace(QWEN, specialized=True), user=user).choose(64).source == "tuned"
 
 
 def test_a_shipped_entry_far_away_is_doubted():

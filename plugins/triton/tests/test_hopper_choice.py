@@ -193,6 +193,13 @@ def test_addresses_and_strides() -> None:
         assert replace(product, rows=replace(product.rows, data=strided)).taken is taken
 
 
+def test_offsets_of_gathered_rows_fit_32_bits() -> None:
+    for slots in (True, False):
+        product, rows = up(slots=slots, k=2048), torch.empty(1 << 20, 2048, dtype=torch.bfloat16, device="meta")
+        assert replace(product, rows=replace(product.rows, data=rows[1:])).taken
+        assert replace(product, rows=replace(product.rows, data=rows)).taken is not slots
+
+
 def test_what_is_launched(launched: Any) -> None:
     weights = torch.ones(12)
     given = [

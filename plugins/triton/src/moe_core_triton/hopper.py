@@ -1,10 +1,9 @@
 """The warp-specialized kernels for Hopper: when a product is theirs, and their launch.
 
-They exist for exactly sm_90 and are written in Gluon, which may change between versions of Triton. They run only where
-the option `specialized` of the runner is set. They are the fastest here from 1024 tokens on; but in one run of the GPU
-suite, two layers of 16384 tokens (bfloat16, fourteen processes on the GPU) had a few values that were not finite, and
-why is not known yet. Everybody else's configurations are ordinary ones, and `LayerConfig.plain` serves what a
-specialized kernel does not compute.
+They exist for exactly sm_90 and are written in Gluon, which may change between versions of Triton. There they are the
+default for the layers of `configs.specialized`, because they are the fastest from 1024 tokens on; the option
+`specialized` of the runner set to false turns them off. Everybody else's configurations are ordinary ones, and
+`LayerConfig.plain` serves a call that a specialized kernel does not compute.
 """
 
 from __future__ import annotations
@@ -43,6 +42,12 @@ def available(device: torch.device) -> bool:
     return is_exactly_hopper(device) and _kernels() is not None
 
 
+def reads(data: Tensor, *, gathered: bool) -> bool:
+    """Whether they can read these rows: in steps of 16 bytes, and gathered ones at offsets of 32 bits."""
+    aligned = data.stride(0) * data.element_size() % 16 == 0 and data.data_ptr() % 16 == 0
+    return aligned and not (gathered and data.shape[0] * data.stride(0) >= 1 << 31)
+
+
 def takes(rows: Rows, w: Projection, table: RowTable, epilogue: Epilogue, out: Tensor) -> bool:
     """Whether a kernel here computes this product."""
     data = rows.data
@@ -62,7 +67,7 @@ def takes(rows: Rows, w: Projection, table: RowTable, epilogue: Epilogue, out: T
         fits = epilogue.activation is None and not epilogue.quant and epilogue.scatter is gathers and rows.divisor == 0
         fits = fits and epilogue.weigh != "in"
     sizes = (w.n % 128 == 0 and w.k % 128 == 0) if fp8 else (w.n % 8 == 0 and w.k % 8 == 0)
-    return fits and sizes and data.stride(0) * data.element_size() % 16 == 0 and data.data_ptr() % 16 == 0
+    return fits and sizes and reads(data, gathered=w.parts == 2 and gathers)
 
 
 def launch(rows: Rows, w: Projection, table: RowTable, out: Tensor, epilogue: Epilogue, config: GemmConfig) -> None:

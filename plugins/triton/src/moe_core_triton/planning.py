@@ -14,6 +14,11 @@ class Planner:
         self._configs = bound(binding)
         self._fixed: LayerConfig | None = None
 
+    @property
+    def specialized(self) -> bool:
+        """Whether the layer may run the warp-specialized kernels."""
+        return self._configs.problem.specialized
+
     def __call__(self, tokens: int) -> LayerConfig:
         """The configuration for a call of `tokens` tokens."""
         return self._configs(tokens) if self._fixed is None else self._fixed

@@ -39,7 +39,8 @@ RUNNER = RunnerSpec(
         "gfx950": Maturity.COMPILED,
     },
     options={
-        "specialized": "use the warp-specialized kernels where a tuned configuration names them (sm_90; default: false)"
+        "specialized": "true: the warp-specialized kernels of sm_90 where they are the fastest; false: only ordinary "
+        "kernels (default: true)"
     },
     support=Support(
         devices={"cuda": (">=sm_80",), "rocm": ("gfx90a", "gfx942", "gfx950")},

@@ -71,15 +71,11 @@ class LayerSequence:
         return call
 
     def _specializes(self, rows: ExpertRows, weights: TritonWeights, state: RunningState) -> bool:
-        """Whether the specialized kernels compute this layer: no bias, weighed input or hook, and aligned memory."""
-        up, down = weights.up, weights.down
-        plain = up.bias is None and down.bias is None and not self.weigh_input and state.hooks is None
-        aligned = rows.data.stride(0) * rows.data.element_size() % 16 == 0
-        aligned = aligned and all(t.data_ptr() % 16 == 0 for t in (rows.data, up.data, down.data))
-        fits = up.parts == 2 and not up.n % 8 and not up.k % 8 and hopper.available(rows.data.device)
-        if self.payload == "fp8_group128":
-            fits = fits and not up.n % 128 and not up.k % 128
-        return plain and aligned and fits
+        """Whether the specialized kernels compute this call: the layer is one of theirs, no hook, readable memory."""
+        if not self.planner.specialized or state.hooks is not None:
+            return False
+        aligned = all(w.data.data_ptr() % 16 == 0 for w in (weights.up, weights.down))
+        return aligned and hopper.reads(rows.data, gathered=rows.ids is not None)
 
     def _table(self, rows: ExpertRows, block_m: int) -> RowTable:
         if rows.ids is not None:

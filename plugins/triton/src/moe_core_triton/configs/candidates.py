@@ -116,17 +116,11 @@ def specialized(problem: Problem, group_m: int = 8) -> GemmConfig:
 
 def _specialized_why_not(problem: Problem, gemm: GemmConfig, block_m: int, device: Device) -> str | None:
     if not problem.specialized:
-        return "the option `specialized` of the runner is off"
+        return "the warp-specialized kernels are turned off, or not for this layer or device (see configs.specialized)"
     if device.arch != "sm_90":
         return f"the warp-specialized kernels are for sm_90, this is {device.arch}"
-    if problem.scheme not in ("bf16", "fp8_block128") or problem.dtype == "float32" or not problem.gated:
-        return "the warp-specialized kernels are for gated 16-bit and fp8_block128 layers"
-    if min(problem.hidden, problem.intermediate) < 128:
-        return "the warp-specialized kernels are for layers of 128 and more"
     if block_m != 128 or gemm.group_m not in GROUP_M or gemm != specialized(problem, gemm.group_m):
         return "the warp-specialized kernels have one tile"
-    if problem.scheme == "fp8_block128" and (problem.hidden % 128 or problem.intermediate % 128):
-        return "the warp-specialized fp8 kernel wants whole blocks of 128"
     return None
 
 

@@ -8,6 +8,8 @@ from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Final, Self
 
+from moe_core_triton.configs.specialized import chosen_for
+
 #: Ways to run a layer: "tiny" has a program a (token, slot, weight block) and sorts nothing; "tiles" sorts by expert.
 PATHS: Final = ("tiny", "tiles")
 #: Positions (tokens x top_k) up to which "tiny" may run.
@@ -146,7 +148,7 @@ _KEY = re.compile(r"E(\d+)k(\d+)H(\d+)I(\d+)-(gated|plain)-([a-z]+\d+)-([a-z]\w*
 class Problem:
     """A layer as its kernels see it: this rank's experts and intermediate size.
 
-    specialized: whether the warp-specialized kernels may be chosen.
+    specialized: whether the warp-specialized kernels may be chosen (see `configs.specialized`).
 
     tokens, wherever they go with a problem, are those whose top_k experts are all here: positions / top_k. With expert
     parallelism over replicated tokens that is a share of a call's tokens (see `local_tokens`).
@@ -175,14 +177,14 @@ class Problem:
             dtype=config.dtype,
             scheme=config.scheme,
             group_size=config.group_size,
-            specialized=bool(binding.options.get("specialized", False)),
+            specialized=chosen_for(binding),
         )
 
     @cached_property
     def key(self) -> str:
         """ "E128k8H2048I768-gated-bfloat16-fp8_block128", with ".g32" behind a scheme with groups of 32.
 
-        "+specialized" at the end keeps what was tuned with those kernels apart from what everybody can use.
+        "+specialized" at the end keeps what was tuned with those kernels apart from what every plan can use.
         """
         group = f".g{self.group_size}" if self.group_size else ""
         sizes = f"E{self.experts}k{self.top_k}H{self.hidden}I{self.intermediate}"
