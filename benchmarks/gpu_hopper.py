@@ -1,9 +1,10 @@
 """Experiment: the warp-specialised Gluon GEMMs (plugins/triton, kernels/hopper_*.py) on an H200: correct? fast?
 
     python benchmarks/gpu_hopper.py                # every variant, each in its own process with a time limit
-    python benchmarks/gpu_hopper.py fp8 base       # these
+    python benchmarks/gpu_hopper.py fp8 mxfp4-64   # these
 Per shape: microseconds and TFLOP/s of up and down over live rows, and both together as a share of 790 TFLOP/s (fp8:
-1580). Before every timed burst of at most 30 ms the GPU rests for 50 ms, so that its power limit does not decide.
+1580). Before every timed burst of at most 30 ms the GPU rests for 50 ms, so that its power limit does not decide. The
+variants with mxfp4 weights are in gpu_hopper_mxfp4.py.
 """
 
 from __future__ import annotations
@@ -12,22 +13,22 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "plugins" / "triton" / "src"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-LIMIT = 60
+LIMIT = 120
+DEVICE = "cuda"
 IDLE, BURST, BURSTS = 0.05, 0.025, 5
 
 
 @dataclass
 class Variant:
-    """Fields of HopperConfig for up and down; rows of a tile; names of the timed shapes, None for all."""
+    """Tiles of rows that share columns in L2, of up and down; rows of a tile; timed shapes, None for all."""
 
-    up: dict = field(default_factory=dict)
-    down: dict = field(default_factory=dict)
+    group_m: tuple = (8, 8)
     fp8: bool = False
     block_m: int = 128
     only: tuple | None = None
@@ -35,23 +36,19 @@ class Variant:
 
 
 SHORT = ("qwen30 4k", "dsv3ep8 4k")
-LONG = ("mixtral 1k", "olmoe 1k", "qwen30 16k", "dsv3ep8 4k", "gptoss 4k", "mixtral 4k")
-THREE = {"stages": 3}  # of slots with 192 rows
-FINE = {"block_k": 32, "stages": 8}
+PACKED = "mxfp4-"
 VARIANTS = {
     "fp8": Variant(fp8=True),
-    "fp8group": Variant({"group_m": 16}, {"group_m": 16}, fp8=True, only=SHORT),
+    "fp8group": Variant((16, 16), fp8=True, only=SHORT),
     "fp8pre": Variant(fp8=True, pre=True, only=SHORT),
     "base": Variant(),
-    "192": Variant(THREE, THREE, block_m=192),
-    "three": Variant(THREE, THREE, only=LONG),
-    "bk32": Variant(FINE, FINE, only=LONG),
-    "192bk32": Variant(FINE | {"stages": 7}, FINE | {"stages": 7}, block_m=192, only=LONG),
-    "group": Variant({"group_m": 16}, {"group_m": 4}, only=SHORT),
-    "192group": Variant(THREE | {"group_m": 4}, THREE | {"group_m": 16}, block_m=192, only=SHORT),
+    "192": Variant(block_m=192),
+    "group": Variant((16, 4), only=SHORT),
+    "192group": Variant((4, 16), block_m=192, only=SHORT),
     "pre": Variant(pre=True, only=SHORT),
-    "192pre": Variant(THREE, THREE, block_m=192, pre=True, only=SHORT),
+    "192pre": Variant(block_m=192, pre=True, only=SHORT),
 }
+NAMES = (*VARIANTS, f"{PACKED}32", f"{PACKED}64", f"{PACKED}192")
 # name: (experts, top_k, H, I, T, share of the slots that are dropped)
 TINY = {
     "tiny": (4, 2, 256, 256, 300, 0.0),
@@ -97,21 +94,19 @@ def fp8_weights(experts, rows, width):
     """Random e4m3 weights and block scales that differ: [E, rows, width], [E, rows / 128, width / 128]."""
     import torch
 
-    w = torch.empty(experts, rows, width, dtype=torch.float8_e4m3fn, device="cuda")
+    w = torch.empty(experts, rows, width, dtype=torch.float8_e4m3fn, device=DEVICE)
     for one in w:
-        one.copy_(torch.randn(rows, width, dtype=torch.bfloat16, device="cuda") * 64)
-    return w, (torch.rand(experts, rows // 128, width // 128, device="cuda") + 0.5) * (width**-0.5 / 64)
+        one.copy_(torch.randn(rows, width, dtype=torch.bfloat16, device=DEVICE) * 64)
+    return w, (torch.rand(experts, rows // 128, width // 128, device=DEVICE) + 0.5) * (width**-0.5 / 64)
 
 
-def make(shape, variant):
+def routed(shape, block_m):
+    """A random routing in tiles of that height, and how many slots have an expert."""
     import torch
     from moe_core_triton.row_table import RowTable, most_tiles
 
-    experts, top_k, H, I, T, dropped = shape  # noqa: E741
-    torch.manual_seed(T)
-    device = {"device": "cuda"}
-    x = torch.randn(T, H, dtype=torch.bfloat16, **device)
-    block_m = variant.block_m
+    experts, top_k, _, _, T, dropped = shape
+    device = {"device": DEVICE}
     ids = torch.rand(T, experts, **device).argsort(1)[:, :top_k].reshape(-1)
     ids = torch.where(torch.rand(T * top_k, **device) < dropped, experts, ids)
     slots = ids.argsort(stable=True).to(torch.int32)
@@ -132,7 +127,18 @@ def make(shape, variant):
         tile_expert=torch.tensor(expert_of + [-1] * pad, dtype=torch.int32, **device),
         tile_start=torch.tensor(start_of + [0] * pad, dtype=torch.int32, **device), slots=slots,
     )  # fmt: skip
-    up_table = table
+    return table, live
+
+
+def make(shape, variant):
+    import torch
+
+    experts, top_k, H, I, T, _ = shape  # noqa: E741
+    torch.manual_seed(T)
+    device = {"device": DEVICE}
+    x = torch.randn(T, H, dtype=torch.bfloat16, **device)
+    table, live = routed(shape, variant.block_m)
+    slots, up_table = table.slots, table
     if variant.pre:
         x = x[slots.clamp(min=0).long() // top_k]
         up_table = replace(table, slots=None)
@@ -245,11 +251,9 @@ def run_variant(name):
     from moe_core_triton.kernels import hopper_fp8, hopper_gemm
 
     v = VARIANTS[name]
-    default = hopper_fp8.DEFAULT if v.fp8 else hopper_gemm.DEFAULT
-    up_config, down_config = replace(default, **v.up), replace(default, **v.down)
     peak = 1580e12 if v.fp8 else 790e12
-    print(f"== {name}: up {up_config} down {down_config} rows {v.block_m} pre {v.pre}", flush=True)
-    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    print(f"== {name}: group_m {v.group_m} rows {v.block_m} pre {v.pre}", flush=True)
+    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE)
     us = microseconds(lambda: torch.mm(a, a))
     print(f"   torch bf16 8192^3: {2 * 8192**3 / us / 1e6:.0f} TFLOP/s", flush=True)
     tiny = TINY_FP8 if v.fp8 else TINY
@@ -260,16 +264,14 @@ def run_variant(name):
             p = make(shape, v)
 
             def up(p=p):
-                top_k = 1 if v.pre else p.top_k
+                how = {"top_k": 1 if v.pre else p.top_k, "group_m": v.group_m[0]}
                 if v.fp8:
-                    hopper_fp8.up_gemm_fp8(
-                        p.x, p.x_scale, p.w13, p.w13_scale, p.up_table, p.h, p.h_scale, top_k=top_k, config=up_config
-                    )
+                    hopper_fp8.up_gemm_fp8(p.x, p.x_scale, p.w13, p.w13_scale, p.up_table, p.h, p.h_scale, **how)
                 else:
-                    hopper_gemm.up_gemm(p.x, p.w13, p.up_table, p.h, top_k=top_k, config=up_config)
+                    hopper_gemm.up_gemm(p.x, p.w13, p.up_table, p.h, **how)
 
             def down(p=p):
-                how = {"row_weights": p.weights, "scale": 0.5, "config": down_config}
+                how = {"row_weights": p.weights, "factor": 0.5, "group_m": v.group_m[1]}
                 if v.fp8:
                     hopper_fp8.down_gemm_fp8(p.h, p.h_scale, p.w2, p.w2_scale, p.table, p.y, **how)
                 else:
@@ -311,9 +313,15 @@ def run_variant(name):
 
 def main():
     if len(sys.argv) == 3 and sys.argv[1] == "--variant":
-        run_variant(sys.argv[2])
+        name = sys.argv[2]
+        if name.startswith(PACKED):
+            import gpu_hopper_mxfp4
+
+            gpu_hopper_mxfp4.run(int(name.removeprefix(PACKED)))
+        else:
+            run_variant(name)
         return
-    for name in sys.argv[1:] or VARIANTS:
+    for name in sys.argv[1:] or NAMES:
         began = time.time()
         try:
             subprocess.run([sys.executable, __file__, "--variant", name], timeout=LIMIT, check=False)

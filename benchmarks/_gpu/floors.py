@@ -53,6 +53,11 @@ class Work:
         """Microseconds below which no kernel gets, at the fixed rates."""
         return 1e6 * max(self.flops / self.gemm_rate, self.bytes / BANDWIDTH)
 
+    @property
+    def by_operations(self) -> bool:
+        """Whether operations are the floor, not bytes."""
+        return self.flops / self.gemm_rate > self.bytes / BANDWIDTH
+
 
 def gemm_rate(scheme: str) -> float:
     """Operations a second of the tensor-core instruction that a scheme's activations allow."""

@@ -82,6 +82,7 @@ def measure(
         "routing": routing,
         "activated": round(activated, 2),
         "floor_us": round(work.floor_us, 3),
+        "rested": work.by_operations,
         "sets": len(sets),
         "copies": copies,
         "calls": count,
@@ -107,7 +108,7 @@ def measure(
             check_alive(device, error)
         began[contestant.name] = time.perf_counter() - start
     try:
-        times = timing.take_turns(replays, device, seconds)
+        times = timing.take_turns(replays, device, seconds, rest=work.by_operations and device.type == "cuda")
     except Exception as error:  # a kernel that failed only now: nobody can tell whose
         for name in replays:
             yield common | {"contestant": name, "ok": False, "us": None, "problem": brief(error)}

@@ -15,6 +15,11 @@ SECONDS: Final = 0.25
 ROUNDS: Final = 25
 #: Calls a replay: enough for this many microseconds, so that starting a graph does not count.
 REPLAY_US: Final = 1500.0
+#: Where operations are the floor, the GPU rests before a replay: that many times as long as the last one took, at most
+#: so many seconds. An H200 that multiplies without a break is at its power limit (8192^3: 683 TFLOP/s, not 805),
+#: and then clocks are compared, not kernels. The floor's rates and the recorded peers' times are a rested GPU's too.
+REST: Final = 3.0
+MOST_REST: Final = 0.1
 #: Clock cycles that the device spins before a replay, while the host enqueues it.
 SPIN_CYCLES: Final = 400_000
 
@@ -59,8 +64,13 @@ def calls_per_replay(floor_us: float, sets: int) -> int:
     return sets * max(1, min(64, round(REPLAY_US / max(floor_us, 1.0))) // sets)
 
 
-def take_turns(replays: dict[str, Replay], device: torch.device, seconds: float = SECONDS) -> dict[str, list[float]]:
-    """Microseconds of one call, a round each. Who comes first changes, so that nobody always follows the same one."""
+def take_turns(
+    replays: dict[str, Replay], device: torch.device, seconds: float = SECONDS, *, rest: bool = False
+) -> dict[str, list[float]]:
+    """Microseconds of one call, a round each. Who comes first changes, so that nobody always follows the same one.
+
+    rest: let the GPU cool down before each replay.
+    """
     once = {name: _microseconds(replay, device) for name, replay in replays.items()}
     rounds = {name: max(3, min(ROUNDS, int(seconds * 1e6 / (us * replays[name].count)))) for name, us in once.items()}
     times: dict[str, list[float]] = {name: [] for name in replays}
@@ -69,6 +79,8 @@ def take_turns(replays: dict[str, Replay], device: torch.device, seconds: float 
         order = order[1:] + order[:1]
         for name in order:
             if number < rounds[name]:
+                if rest:
+                    time.sleep(min(MOST_REST, REST * 1e-6 * once[name] * replays[name].count))
                 times[name].append(_microseconds(replays[name], device))
     return times
 

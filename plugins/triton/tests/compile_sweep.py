@@ -16,13 +16,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from moe_core_triton import hopper, planning
+from moe_core_triton import planning
 from moe_core_triton import plugin as declared
 from moe_core_triton.configs import device as devices
 from moe_core_triton.configs.candidates import candidates, specialized
 from moe_core_triton.configs.config import LayerConfig, Problem
 from moe_core_triton.configs.device import KNOWN, Device
-from moe_core_triton.configs.specialized import computes
+from moe_core_triton.configs.specialized import HEIGHTS, computes
 from moe_core_triton.kernels import launching
 
 import moe_core
@@ -90,7 +90,7 @@ def layers(subset: bool) -> Iterator[Layer]:
     if subset:
         yield Layer("bf16", tokens=(1, 512))
         yield Layer("fp8_block128", {"scheme": "fp8_block128"}, tokens=(512,))
-        yield Layer("mxfp4", {"scheme": "mxfp4_w4a16", "bias": True, "activation": Activation.swiglu_oai()}, (64,))
+        yield Layer("mxfp4", {"scheme": "mxfp4_w4a16", "bias": True, "activation": Activation.swiglu_oai()}, (64, 512))
         yield Layer("batched", dispatcher="testing_batched", tokens=(64,))
         return
     for scheme in SCHEMES:
@@ -201,8 +201,8 @@ def planned_for(arch: str) -> Iterator[Any]:
             found = candidates(problem, tokens, device, limit)
             if problem.specialized and tokens >= PREFILL:
                 # Chosen where somebody measured it to be the fastest: the model alone may not think so.
-                both = LayerConfig("tiles", hopper.BLOCK_M, specialized(problem), specialized(problem))
-                found = list(dict.fromkeys((*found, both)))
+                theirs = [(m, specialized(problem, m)) for m in HEIGHTS[problem.scheme]]
+                found = list(dict.fromkeys((*found, *(LayerConfig("tiles", m, one, one) for m, one in theirs))))
             tiles = next((c for c in candidates(problem, tokens, device, 32) if c.path != "tiny"), None)
             for config in found:
                 chosen[:] = config, tiles if config.path == "tiny" else config

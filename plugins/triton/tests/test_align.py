@@ -78,6 +78,7 @@ def check(
         (300, 2, 1, 64),
         (200, 6, 160, 16),
         (9, 2, 1024, 8),
+        (500, 3, 4, 192),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from moe_core_triton.configs.specialized import HEIGHTS
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).parent / "compile_report.py"
@@ -109,10 +110,15 @@ def test_a_few_variants_compile(tmp_path: Path) -> None:
     found = _report(tmp_path, "--subset", "--targets", "sm_90,gfx942")
     hopper = [row for row in found["rows"] if row["target"] == "sm_90"]
     assert any(row["wgmma"] and row["tma"] for row in hopper)
-    # The specialised kernels, which are the default there, as well.
-    theirs = {row["kernel"]: row for row in hopper if row["module"].startswith("hopper_")}
-    assert set(theirs) == {"up_kernel", "down_kernel", "up_fp8_kernel", "down_fp8_kernel"}
-    assert all(row["wgmma"] and row["tma"] for row in theirs.values())
+    # The specialised kernels, which are the default there, as well: for each height of their tiles.
+    theirs = [row for row in hopper if row["module"].startswith("hopper_") and row["kernel"] != "_wide_order"]
+    kinds = {"bf16": "", "fp8_block128": "_fp8", "mxfp4_w4a16": "_mxfp4"}
+    assert {row["kernel"] for row in theirs} == {f"{part}{k}_kernel" for k in kinds.values() for part in ("up", "down")}
+    for scheme, kind in kinds.items():
+        for part in ("up", "down"):
+            assert sum(row["kernel"] == f"{part}{kind}_kernel" for row in theirs) >= len(HEIGHTS[scheme])
+    assert all(row["wgmma"] and row["tma"] for row in theirs)
+    assert any(row["kernel"] == "_wide_order" for row in hopper)
     assert all(row["mfma"] for row in found["rows"] if row["target"] == "gfx942" and row["kernel"] == "grouped_gemm")
 
 

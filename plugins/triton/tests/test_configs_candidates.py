@@ -8,6 +8,7 @@ import pytest
 from moe_core_triton.configs import device as devices
 from moe_core_triton.configs.candidates import blocks, candidates, gemm_candidates, gemms, specialized, why_not
 from moe_core_triton.configs.config import GemmConfig, LayerConfig, Problem
+from moe_core_triton.configs.specialized import HEIGHTS
 
 from moe_core.errors import ConfigError
 
@@ -48,8 +49,8 @@ def rules(problem: Problem, config: LayerConfig, device: devices.Device, tokens:
     for part, gemm in (("up", config.up), ("down", config.down)):
         if gemm.specialized:
             assert device.arch == "sm_90"
-            assert config.block_m == 128
-            assert gemm == specialized(problem, gemm.group_m)
+            assert config.block_m in HEIGHTS[problem.scheme]
+            assert gemm == specialized(problem, config.block_m, gemm.group_m)
             continue
         gated = part == "up" and problem.gated
         rows = gemm.block_n // 2 if gated else gemm.block_n
@@ -221,13 +222,63 @@ def test_specialized_kernels_are_only_for_problems_that_have_them():
         for problem in (theirs, replace(theirs, specialized=False)):
             found = [gemm.specialized for one in candidates(problem, tokens, H200) for gemm in (one.up, one.down)]
             assert any(found) is problem.specialized
-    config = LayerConfig("tiles", 128, specialized(theirs), specialized(theirs))
+    one = specialized(theirs, 128)
+    config = LayerConfig("tiles", 128, one, one)
     assert why_not(theirs, config, H200) is None
     assert "turned off" in (why_not(replace(theirs, specialized=False), config, H200) or "")
     assert "sm_90" in (why_not(theirs, config, DEVICES["b200"]) or "")
-    for other in (replace(config, block_m=64), replace(config, up=replace(config.up, num_stages=3))):
-        assert "one tile" in (why_not(theirs, other, H200) or "")
+    assert "have (128,) rows" in (why_not(theirs, replace(config, block_m=64), H200) or "")
+    for change in ({"num_stages": 3}, {"block_n": 128}, {"swap": True}, {"group_m": 3}):
+        other = replace(config, up=replace(config.up, **change))
+        assert "one tile of each height" in (why_not(theirs, other, H200) or "")
+    int8 = replace(theirs, scheme="int8_channel")
+    assert "have () rows" in (why_not(int8, config, H200) or "")
     assert why_not(replace(theirs, specialized=False), config.plain, H200) is None
-    half = LayerConfig("tiles", 128, specialized(QWEN), GemmConfig(256, 64, 8, 4, False, True, 8))
+    half = LayerConfig("tiles", 128, specialized(QWEN, 128), GemmConfig(256, 64, 8, 4, False, True, 8))
     assert half.plain.down == half.down
     assert why_not(QWEN, half.plain, H200) is None
+
+
+def test_each_height_has_its_own_specialized_tile():
+    theirs = replace(QWEN, specialized=True)
+    high, low = specialized(theirs, 192), specialized(theirs, 128)
+    assert high.num_stages < low.num_stages
+    assert why_not(theirs, LayerConfig("tiles", 192, high, high), H200) is None
+    assert "one tile of each height" in (why_not(theirs, LayerConfig("tiles", 192, low, high), H200) or "")
+    assert "one tile of each height" in (why_not(theirs, LayerConfig("tiles", 128, low, high), H200) or "")
+
+
+def test_ordinary_kernels_have_tiles_of_a_power_of_two():
+    theirs, ordinary = replace(QWEN, specialized=True), GemmConfig(256, 64, 8, 4, False, True, 8)
+    high = specialized(theirs, 192)
+    assert why_not(theirs, LayerConfig("tiles", 128, ordinary, ordinary), H200) is None
+    for config in (LayerConfig("tiles", 192, ordinary, ordinary), LayerConfig("tiles", 192, high, ordinary)):
+        assert "power of two" in (why_not(theirs, config, H200) or "")
+    assert not list(gemms(QWEN, "up", 192, H200))
+    assert {g.specialized for g in gemms(theirs, "up", 192, H200)} == {True}
+
+
+GPT_OSS = replace(SHAPES["gpt-oss"], scheme="mxfp4_w4a16", specialized=True)
+
+
+def test_both_gemms_of_packed_weights_are_of_one_kind():
+    theirs, ordinary = specialized(GPT_OSS, 64), GemmConfig(64, 128, 4, 5, False, True)
+    for up, down in ((theirs, ordinary), (ordinary, theirs)):
+        assert "another order of K" in (why_not(GPT_OSS, LayerConfig("tiles", 64, up, down), H200) or "")
+    for one in (theirs, ordinary):
+        assert why_not(GPT_OSS, LayerConfig("tiles", 64, one, one), H200) is None
+    # Other layers may have one of each.
+    half = LayerConfig("tiles", 128, specialized(QWEN, 128), GemmConfig(256, 64, 8, 4, False, True, 8))
+    assert why_not(replace(QWEN, specialized=True), half, H200) is None
+    for tokens in (1, 16, 64, 256, 1024, 4096, 16384):
+        for config in candidates(GPT_OSS, tokens, H200, 50):
+            assert config.up.specialized is config.down.specialized
+            rules(GPT_OSS, config, H200, tokens)
+
+
+@pytest.mark.parametrize("tokens", [1024, 4096, 16384])
+def test_packed_layers_with_many_tokens_get_the_specialized_kernels(tokens):
+    first = candidates(GPT_OSS, tokens, H200)[0]
+    assert first.up.specialized
+    assert first.down.specialized
+    assert not any(c.up.specialized for c in candidates(replace(GPT_OSS, specialized=False), tokens, H200))

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from moe_core_triton import hopper
+from moe_core_triton import sequence as sequences
 from moe_core_triton.calls import ExpertRows
 from moe_core_triton.configs import specialized
 from moe_core_triton.configs import store as stores
 from moe_core_triton.configs.candidates import specialized as their_tile
+from moe_core_triton.configs.candidates import why_not
 from moe_core_triton.configs.config import LayerConfig, Problem
 from moe_core_triton.configs.device import GENERIC, known
+from moe_core_triton.configs.specialized import HEIGHTS
+from moe_core_triton.kernels import hopper_fp8, hopper_gemm, hopper_mxfp4
+from moe_core_triton.kernels.hopper_common import ROWS
+from moe_core_triton.kernels.hopper_unpack import HALF
 from moe_core_triton.planning import Planner
 from moe_core_triton.sequence import LayerSequence
 from moe_core_triton.weights import TritonWeights
@@ -68,7 +75,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Any:
     return patch
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "fp8_block128"])
+@pytest.mark.parametrize("scheme", ["bf16", "fp8_block128", "mxfp4_w4a16"])
 def test_they_are_the_default_on_sm_90(on: Any, scheme: str) -> None:
     config = layer(scheme=scheme)
     on("sm_90")
@@ -95,13 +102,16 @@ def test_another_triton_or_the_interpreter(on: Any, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "changes",
     [
-        {"bias": True},
+        {"bias": True, "scheme": "fp8_block128"},
         {"router_weight_on_input": True},
         {"activation": Activation(name="relu2", gated=False)},
         {"dtype": "float32"},
         {"dtype": "float32", "scheme": "fp8_block128"},
         {"scheme": "fp8_channel"},
-        {"scheme": "mxfp4_w4a16"},
+        {"scheme": "int4_w4a16", "group_size": 64},
+        {"scheme": "mxfp4_w4a16", "dtype": "float16"},
+        {"scheme": "mxfp4_w4a16", "router_weight_on_input": True},
+        {"scheme": "mxfp4_w4a16", "intermediate_size": 96},
         {"hidden_size": 2052},
         {"intermediate_size": 1020},
         {"scheme": "fp8_block128", "hidden_size": 2112},
@@ -121,7 +131,9 @@ def test_layers_that_they_do_not_compute(on: Any, changes: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     "changes",
     [
+        {"bias": True},
         {"dtype": "float16"},
+        {"scheme": "mxfp4_w4a16", "hidden_size": 2880, "intermediate_size": 2880, "bias": True},
         {"hidden_size": 2056, "intermediate_size": 136},
         {"scheme": "fp8_block128", "hidden_size": 128, "intermediate_size": 128},
         {"activation": Activation.swiglu_oai(), "routed_scaling_factor": 2.5},
@@ -159,21 +171,41 @@ def specializes(on: Any) -> Any:
     ) -> bool:
         config = config or layer()
         sequence = LayerSequence(binding(config))
+        up, down = more.pop("weights", (weights(), weights()))
         rows = ExpertRows(data, tokens=data.shape[0], **{"ids": torch.zeros(data.shape[0], 2), **more})
-        none = SimpleNamespace(data=torch.empty(0))
-        return sequence._specializes(rows, TritonWeights(config.scheme, none, none), state or RunningState())
+        return sequence._specializes(rows, TritonWeights(config.scheme, up, down), state or RunningState())
 
     return ask
+
+
+def weights(pack: str = "") -> Any:
+    """As much of a `Projection` as the sequence looks at."""
+    return SimpleNamespace(data=torch.empty(0), pack=pack)
 
 
 def test_what_a_call_decides(specializes: Any) -> None:
     data = torch.zeros(5, 2048, dtype=torch.bfloat16)
     assert specializes(data)
-    assert not specializes(data, layer(bias=True))
+    assert specializes(data, layer(bias=True))
+    assert not specializes(data, layer(bias=True, scheme="fp8_block128"))
     assert not specializes(data, state=RunningState(hooks=RunnerHooks()))
     strided = torch.zeros(5, 2052, dtype=torch.bfloat16)[:, :2048]
     assert not specializes(strided)
     assert not specializes(torch.zeros(5 * 2048 + 1, dtype=torch.bfloat16)[1:].view(5, 2048))
+
+
+def test_weights_that_are_not_in_words(specializes: Any) -> None:
+    """Those with a large scale."""
+    data, config = torch.zeros(5, 2048, dtype=torch.bfloat16), layer(scheme="mxfp4_w4a16")
+    words, other = weights("mxfp4_words"), weights("mxfp4")
+    assert specializes(data, config, weights=(words, words))
+    assert not specializes(data, config, weights=(other, other))
+    assert not specializes(data, config, weights=(other, words))
+
+
+def test_weights_of_one_gemm_that_are_not_in_words(specializes: Any) -> None:
+    data, config = torch.zeros(5, 2048, dtype=torch.bfloat16), layer(scheme="mxfp4_w4a16")
+    assert not specializes(data, config, weights=(weights("mxfp4_words"), weights("mxfp4")))
 
 
 def test_offsets_of_rows_fit_32_bits(specializes: Any) -> None:
@@ -184,14 +216,49 @@ def test_offsets_of_rows_fit_32_bits(specializes: Any) -> None:
     assert specializes(many, ids=None)  # a tensor descriptor reads them
 
 
-def test_a_call_that_they_do_not_compute_gets_the_ordinary_kernels(on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("scheme", "block_m"), [(s, m) for s, heights in HEIGHTS.items() for m in heights])
+def test_a_call_that_they_do_not_compute_gets_the_ordinary_kernels(
+    on: Any, monkeypatch: pytest.MonkeyPatch, scheme: str, block_m: int
+) -> None:
     on("sm_90")
-    tile = their_tile(Problem(8, 2, 2048, 1024))
-    fixed = LayerConfig("tiles", 128, tile, tile)
+    tile = their_tile(Problem(8, 2, 2048, 1024, scheme=scheme), block_m)
+    fixed = LayerConfig("tiles", block_m, tile, tile)
     monkeypatch.setattr(Planner, "__call__", lambda self, tokens: fixed)
-    sequence = LayerSequence(binding(layer()))
-    weights = TritonWeights("bf16", SimpleNamespace(data=torch.empty(0)), SimpleNamespace(data=torch.empty(0)))
-    monkeypatch.setattr(sequence, "_table", lambda rows, block_m: SimpleNamespace(slots=None))
+    sequence = LayerSequence(binding(layer(scheme=scheme)))
+    one = weights("mxfp4_words" if scheme == "mxfp4_w4a16" else "")
+    both, heights = TritonWeights(scheme, one, one), []
+    monkeypatch.setattr(sequence, "_table", lambda rows, height: heights.append(height))
+    monkeypatch.setattr(sequences, "input_rows", lambda *given, **named: (None, False))
     rows = ExpertRows(torch.zeros(5, 2048, dtype=torch.bfloat16), tokens=5, ids=torch.zeros(5, 2))
-    assert sequence.prepare(rows, weights, RunningState()).config == fixed
-    assert sequence.prepare(rows, weights, RunningState(hooks=RunnerHooks())).config == fixed.plain
+    assert sequence.prepare(rows, both, RunningState()).config == fixed
+    assert sequence.prepare(rows, both, RunningState(hooks=RunnerHooks())).config == fixed.plain
+    assert heights == [block_m, fixed.plain.block_m]
+
+
+def test_the_tiles_are_those_of_the_kernels() -> None:
+    """The configurations say what the kernels' modules fix for themselves."""
+    half = {height: (hopper_gemm.BLOCK_N, hopper_gemm.BLOCK_K, slots) for height, slots in hopper_gemm.STAGES.items()}
+    assert specialized.TILES["bf16"] == half
+    rows = hopper_fp8.PARTS.value * ROWS.value
+    assert specialized.TILES["fp8_block128"] == {rows: (2 * hopper_fp8.GROUP, hopper_fp8.GROUP, hopper_fp8.STAGES)}
+    packed = {
+        height: (64 * consumers * blocks, 2 * HALF.value, slots)
+        for height, (consumers, blocks, slots) in hopper_mxfp4.SHAPES.items()
+    }
+    assert specialized.TILES["mxfp4_w4a16"] == packed
+    assert set(specialized.TILES) == set(specialized.STEPS)
+    assert all(HEIGHTS[scheme] == tuple(tiles) for scheme, tiles in specialized.TILES.items())
+
+
+@pytest.mark.parametrize(("scheme", "block_m"), [(s, m) for s, heights in HEIGHTS.items() for m in heights])
+@pytest.mark.parametrize("sizes", [(128, 8, 2048, 768), (8, 2, 4096, 14336), (128, 4, 2944, 2944), (4, 2, 256, 128)])
+def test_both_a_tile_and_its_ordinary_one_are_legal(scheme: str, block_m: int, sizes: tuple[int, ...]) -> None:
+    h200, problem = known("NVIDIA H200"), Problem(*sizes, scheme=scheme, specialized=True)
+    for group_m in (8, 16):
+        tile = their_tile(problem, block_m, group_m)
+        config = LayerConfig("tiles", block_m, tile, tile)
+        assert why_not(problem, config, h200) is None
+        assert {config.plain.up.specialized, config.plain.down.specialized} == {False}
+        assert why_not(problem, config.plain, h200) is None
+        assert why_not(replace(problem, specialized=False), config.plain, h200) is None
+        assert config.plain.plain == config.plain

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from moe_core_triton.configs import model
-from moe_core_triton.configs.candidates import candidates, gemm_moves, why_not
+from moe_core_triton.configs.candidates import candidates, gemm_moves, specialized, why_not
 from moe_core_triton.configs.config import GemmConfig, LayerConfig, Problem
 from moe_core_triton.configs.device import GENERIC, known
 from moe_core_triton.configs.files import SHIPPED, Store
 from moe_core_triton.configs.store import Configs
-from moe_core_triton.configs.tuning import PARTS, Variant, run_job, shipped_for, single, tune_all
+from moe_core_triton.configs.tuning import PARTS, Point, Variant, run_job, shipped_for, single, tune_all
 
 import moe_core
 from moe_core.vocabulary import STANDARD
@@ -61,12 +61,12 @@ class Costs:
         return total
 
 
-def configs() -> Configs:
-    return Configs(QWEN, H200, shipped=None, triton="3.6")
+def configs(problem=QWEN) -> Configs:
+    return Configs(problem, H200, shipped=None, triton="3.6")
 
 
 def run(bench, tokens=(64,), budget=400.0, **more):
-    return tune_all(configs(), tokens, bench, budget_s=budget, clock=bench, **more)
+    return tune_all(configs(bench.problem), tokens, bench, budget_s=budget, clock=bench, **more)
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 4096])
@@ -160,6 +160,64 @@ def test_moves_change_one_thing():
     assert replace(gemm, block_n=32, num_warps=2) in moves
     assert replace(gemm, swap=False) in moves
     assert replace(gemm, tma=False) in moves
+
+
+GPT_OSS = Problem(128, 4, 2880, 2880, scheme="mxfp4_w4a16", specialized=True)
+
+
+def pairs(problem, block_m, times):
+    """The layers that are timed after these GEMMs, as (up, down). times: {(part, gemm): microseconds}."""
+    point = Point(configs(problem), 1024, Costs(problem), lambda: 0.0)
+    point.times = {single(part, block_m, gemm): [us] for (part, gemm), us in times.items()}
+    return [(v.config.up, v.config.down) for v in point.pairs()]
+
+
+def test_the_best_pair_is_one_that_may_be_together():
+    theirs, ours = specialized(GPT_OSS, 64), GemmConfig(64, 128, 4, 5, False, True)
+    slow, both = replace(ours, num_stages=4), {("up", theirs): 10.0, ("down", ours): 10.0}
+    # Alone the best of each: packed weights want both of one kind.
+    every = both | {("up", ours): 30.0, ("down", theirs): 12.0}
+    assert pairs(GPT_OSS, 64, every) == [(theirs, theirs), (ours, ours)]
+    assert pairs(GPT_OSS, 64, both | {("up", slow): 40.0, ("up", ours): 30.0}) == [(ours, ours)]
+    assert pairs(GPT_OSS, 64, both) == []
+    same = {("up", ours): 10.0, ("up", theirs): 20.0, ("down", ours): 10.0, ("down", theirs): 11.0}
+    assert pairs(GPT_OSS, 64, same) == [(ours, ours)]
+    # Other layers may mix them.
+    problem, wide = replace(QWEN, specialized=True), GemmConfig(256, 64, 8, 4, False, True, 8)
+    half = specialized(problem, 128)
+    mixed = {("up", half): 10.0, ("up", wide): 11.0, ("down", half): 11.0, ("down", wide): 10.0}
+    assert pairs(problem, 128, mixed) == [(half, wide)]
+
+
+@pytest.mark.parametrize("tokens", [256, 1024])
+def test_packed_layers_are_tuned_with_both_gemms_of_one_kind(tokens):
+    class Split(Costs):
+        """Specialized kernels are fast for GEMM1 alone."""
+
+        def cost(self, tokens, variant):
+            gemms = {part: getattr(variant.config, part) for part in PARTS}
+            worse = gemms["down"].specialized if variant.part in ("down", "layer") else False
+            better = gemms["up"].specialized if variant.part in ("up", "layer") else False
+            return super().cost(tokens, variant) * (1.5 if worse else 1.0) * (0.7 if better else 1.0)
+
+    bench = Split(GPT_OSS)
+    (found,) = run(bench, (tokens,), 1000.0)
+    assert why_not(GPT_OSS, found.config, H200, tokens) is None
+    layers = [v.config for _, v in bench.seen if v.part == "layer"]
+    assert layers
+    assert all(c.up.specialized is c.down.specialized for c in layers)
+    kinds = {v.config.up.specialized for _, v in bench.seen if v.part != "layer"}
+    assert kinds == {True, False}
+
+
+def test_heights_that_are_no_power_of_two_are_tuned():
+    """A specialized tile of 192 rows is tried; no ordinary one is."""
+    bench = Costs(replace(QWEN, specialized=True))
+    (found,) = run(bench, (16384,), 1000.0)
+    assert why_not(bench.problem, found.config, H200, 16384) is None
+    high = [v for _, v in bench.seen if v.config.block_m == 192]
+    assert high
+    assert all(v.config.up.specialized and v.config.down.specialized for v in high)
 
 
 def job(store: Path, **changes) -> SimpleNamespace:

@@ -8,18 +8,33 @@ import pytest
 import torch
 from moe_core_triton import hopper
 
+from moe_core import Activation
+
+#: What GPT-OSS has besides its sizes.
+OAI: dict[str, Any] = {"bias": True, "activation": Activation.swiglu_oai()}
 SHAPES = {"olmoe": (64, 8, 2048, 1024), "qwen3": (128, 8, 2048, 768), "gpt_oss": (32, 4, 2880, 2880)}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1024, 4096, 16384])
+@pytest.mark.parametrize("tokens", [256, 1024, 4096, 16384])
 @pytest.mark.parametrize(
-    ("scheme", "shape"), [("bf16", "olmoe"), ("bf16", "qwen3"), ("bf16", "gpt_oss"), ("fp8_block128", "olmoe")]
+    ("scheme", "shape", "more"),
+    [
+        ("bf16", "olmoe", {}),
+        ("bf16", "qwen3", {}),
+        ("bf16", "gpt_oss", {}),
+        ("bf16", "gpt_oss", OAI),
+        ("fp8_block128", "olmoe", {}),
+        ("mxfp4_w4a16", "gpt_oss", OAI),
+    ],
 )
-def test_specialized(lab: Any, scheme: str, shape: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_specialized(
+    lab: Any, scheme: str, shape: str, more: dict[str, Any], tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Results in memory that held NaN before; as the ordinary kernels give them, within the scheme's tolerance."""
     experts, top_k, hidden, inner = SHAPES[shape]
-    config = lab.config(scheme=scheme, num_experts=experts, top_k=top_k, hidden_size=hidden, intermediate_size=inner)
+    sizes = {"num_experts": experts, "top_k": top_k, "hidden_size": hidden, "intermediate_size": inner}
+    config = lab.config(scheme=scheme, **sizes, **more)
     weights = lab.layer(config, 4, tokens=1).weights
     launched = []
     launch = hopper.launch

@@ -11,6 +11,8 @@ import pytest
 import torch
 from moe_core_triton import hopper, products
 from moe_core_triton.configs.config import GemmConfig
+from moe_core_triton.configs.specialized import HEIGHTS
+from moe_core_triton.kernels.hopper_unpack import wide_order
 from moe_core_triton.products import Epilogue, Rows
 from moe_core_triton.row_table import RowTable
 from moe_core_triton.weights import Projection
@@ -20,13 +22,7 @@ from moe_core import Activation
 TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 6, 2, 3, 256, 128
 FP8 = torch.float8_e4m3fn
 CONFIG = GemmConfig(256, 64, 4, 4, False, True, 16, specialized=True)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """In the place of `kernels.hopper_common.HopperConfig`."""
-
-    group_m: int = 8
+PACKED_CONFIG = GemmConfig(256, 128, 4, 6, True, True, 16, specialized=True)
 
 
 @dataclass
@@ -52,10 +48,12 @@ def launched(monkeypatch: Any) -> list[tuple[str, tuple[Any, ...], dict[str, Any
     def kernel(name: str) -> Callable[..., None]:
         return lambda *given, **named: seen.append((name, given, named))
 
-    sixteen = SimpleNamespace(DEFAULT=Cut(), up_gemm=kernel("up_gemm"), down_gemm=kernel("down_gemm"))
-    eight = SimpleNamespace(DEFAULT=Cut(), up_gemm_fp8=kernel("up_gemm_fp8"), down_gemm_fp8=kernel("down_gemm_fp8"))
+    modules = [
+        SimpleNamespace(**{name + end: kernel(name + end) for name in ("up_gemm", "down_gemm")})
+        for end in ("", "_fp8", "_mxfp4")
+    ]
     monkeypatch.setattr(hopper, "is_exactly_hopper", lambda device: True)
-    monkeypatch.setattr(hopper, "_kernels", lambda: (None, sixteen, eight))
+    monkeypatch.setattr(hopper, "_kernels", lambda: modules)
     return seen
 
 
@@ -89,9 +87,33 @@ def down(*, fp8: bool = False, slots: bool = True, k: int = INNER, n: int = HIDD
     return Product(rows, w, table(slots=slots), Epilogue(scatter=slots, **weighing), out)
 
 
+def packed_up(*, slots: bool = True, k: int = HIDDEN, n: int = INNER, dtype: Any = torch.bfloat16) -> Product:
+    """Of mxfp4 weights in words, as `weights.prepare` makes them."""
+    product = up(slots=slots, k=k, n=n, dtype=dtype)
+    product.w = packed(2, n, k)
+    product.table = table(slots=slots, block_m=64)
+    return product
+
+
+def packed_down(*, slots: bool = True, k: int = INNER, n: int = HIDDEN, **weighing: Any) -> Product:
+    product = down(slots=slots, k=k, n=n, **weighing)
+    product.rows, product.w = replace(product.rows, kind="wide"), packed(1, n, k)
+    product.table = table(slots=slots, block_m=64)
+    return product
+
+
+def packed(parts: int, n: int, k: int) -> Projection:
+    steps = -(-k // 128)
+    data = torch.zeros(EXPERTS, parts * n, 64 * steps, dtype=torch.uint8)
+    scale = torch.zeros(EXPERTS, parts * n, 4 * steps, dtype=torch.uint8)
+    bias = torch.zeros(EXPERTS, parts * n, dtype=torch.bfloat16)
+    return Projection(data, parts, n, k, scale, bias=bias, pack="mxfp4_words", group=32, pack_width=128)
+
+
 BOTH = pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 GATHERED = pytest.mark.parametrize("slots", [False, True], ids=["rows", "slots"])
 PARTS = pytest.mark.parametrize("make", [up, down])
+PACKED = pytest.mark.parametrize("make", [packed_up, packed_down])
 
 
 @BOTH
@@ -108,7 +130,9 @@ def test_what_is_taken(fp8: bool, slots: bool) -> None:
 @PARTS
 def test_another_device_tile_or_triton(monkeypatch: Any, make: Any, fp8: bool) -> None:
     product = make(fp8=fp8)
-    assert not replace(product, table=table(block_m=64)).taken
+    theirs = HEIGHTS["fp8_block128" if fp8 else "bf16"]
+    for block_m in (16, 32, 64, 128, 192, 256):
+        assert replace(product, table=table(block_m=block_m)).taken is (block_m in theirs)
     with monkeypatch.context() as patch:
         patch.setattr(hopper, "_kernels", lambda: None)
         assert not product.taken
@@ -127,7 +151,7 @@ def test_other_weights(make: Any, fp8: bool) -> None:
         return bool(product.taken)
 
     assert changed()
-    assert not changed(bias=torch.zeros(EXPERTS, 2 * INNER))
+    assert changed(bias=torch.zeros(EXPERTS, 2 * INNER)) is not fp8
     assert not changed(pack="mxfp4")
     assert not changed(weight_scale="" if fp8 else "block")
     assert not fp8 or not changed(weight_scale="row")
@@ -174,6 +198,68 @@ def test_rows_that_do_not_go_with_the_table(slots: bool) -> None:
     assert not replace(product, rows=replace(product.rows, divisor=1)).taken
 
 
+@BOTH
+@PARTS
+def test_rows_in_an_order_that_the_weights_have_not(make: Any, fp8: bool) -> None:
+    product = make(fp8=fp8)
+    assert not replace(product, rows=replace(product.rows, kind="wide")).taken
+
+
+@GATHERED
+def test_packed_weights_are_taken(slots: bool) -> None:
+    for make in (packed_up, packed_down):
+        product = make(slots=slots)
+        assert product.taken
+        product.w.bias = None
+        assert product.taken
+        for block_m in (16, 32, 64, 128, 192, 256):
+            theirs = block_m in HEIGHTS["mxfp4_w4a16"]
+            assert replace(product, table=table(slots=slots, block_m=block_m)).taken is theirs
+    assert packed_down(slots=slots, weigh="out", weights=torch.ones(12)).taken
+
+
+@GATHERED
+def test_packed_weights_ask_for_their_order_of_columns(slots: bool) -> None:
+    """GEMM1 makes it itself, of x as it came; GEMM2 gets what GEMM1 wrote."""
+    first, second = packed_up(slots=slots), packed_down(slots=slots)
+    assert not replace(first, rows=replace(first.rows, kind="wide")).taken
+    assert not replace(second, rows=replace(second.rows, kind="")).taken
+
+
+@PACKED
+def test_packed_weights_of_other_kinds(make: Any) -> None:
+    for changes in ({"pack": "mxfp4"}, {"pack": "int4"}, {"group": 64}, {"pack_width": 64}):
+        product = make()
+        for name, value in changes.items():
+            setattr(product.w, name, value)
+        assert not product.taken, changes
+    product = make()
+    half = product.rows.data.half()
+    assert not replace(product, rows=replace(product.rows, data=half), out=product.out.half()).taken
+    assert not replace(product, out=product.out.float()).taken
+
+
+def test_sizes_of_packed_weights() -> None:
+    for make in (packed_up, packed_down):
+        assert make(k=272, n=144).taken
+        assert not make(k=264).taken
+        assert not make(n=136).taken
+
+
+def test_other_epilogues_of_packed_weights() -> None:
+    for make, changes in (
+        (packed_up, {"activation": None}),
+        (packed_up, {"quant": "group"}),
+        (packed_up, {"weigh": "in"}),
+        (packed_up, {"scatter": True}),
+        (packed_down, {"activation": Activation()}),
+        (packed_down, {"weigh": "in"}),
+        (packed_down, {"scatter": False}),
+    ):
+        product = make()
+        assert not replace(product, epilogue=replace(product.epilogue, **changes)).taken, changes
+
+
 def test_sizes() -> None:
     assert up(k=264, n=136).taken
     assert not up(k=260).taken
@@ -215,7 +301,8 @@ def test_what_is_launched(launched: Any) -> None:
         products.grouped_product(one.rows, one.w, one.table, one.out, one.epilogue, CONFIG, prefetch=False)
     names = ["up_gemm", "up_gemm", *["down_gemm"] * 3, "up_gemm_fp8", "down_gemm_fp8"]
     assert [name for name, _, _ in launched] == names
-    assert all(named["config"] == Cut(group_m=16) for _, _, named in launched)
+    assert all(named["group_m"] == 16 for _, _, named in launched)
+    assert all(named["bias"] is None for name, _, named in launched if "fp8" not in name)
     assert [named["top_k"] for _, _, named in launched if "top_k" in named] == [TOP_K, 1, TOP_K]
     first = launched[0]
     assert (first[1][0], first[1][1], first[1][2], first[1][3]) == (
@@ -226,17 +313,77 @@ def test_what_is_launched(launched: Any) -> None:
     )
     assert (first[2]["act"], first[2]["limit"]) == ("silu", 7.0)
     # The weights only where they are asked for, and no factor where nothing is weighed.
-    weighing = [(named["row_weights"] is weights, named["scale"]) for _, _, named in launched if "scale" in named]
+    weighing = [(named["row_weights"] is weights, named["factor"]) for _, _, named in launched if "factor" in named]
     assert weighing == [(True, 2.0), (False, 3.0), (False, 1.0), (True, 2.0)]
     one = given[5]
     expected = (one.rows.data, one.rows.scale, one.w.data, one.w.scale, one.table, one.out, one.epilogue.scale)
     assert all(a is b for a, b in zip(launched[5][1], expected, strict=True))
 
 
+def test_biases_are_launched(launched: Any) -> None:
+    for make in (up, down):
+        one = make()
+        one.w.bias = torch.zeros(EXPERTS, one.w.data.shape[1])
+        products.grouped_product(one.rows, one.w, one.table, one.out, one.epilogue, CONFIG, prefetch=False)
+        assert launched[-1][2]["bias"] is one.w.bias
+
+
+def test_what_is_launched_for_packed_weights(launched: Any, monkeypatch: Any) -> None:
+    # The order of columns is tested below: here its kernel does not run.
+    monkeypatch.setattr(hopper, "wide", lambda data: Rows(data + 1, kind="wide"))
+    weights = torch.ones(12)
+    first, second = packed_up(), packed_down(weigh="out", weights=weights, factor=2.0)
+    for one in (first, second):
+        products.grouped_product(one.rows, one.w, one.table, one.out, one.epilogue, PACKED_CONFIG, prefetch=False)
+    (name, given, named), (other, after, how) = launched
+    assert (name, other) == ("up_gemm_mxfp4", "down_gemm_mxfp4")
+    assert torch.equal(given[0], first.rows.data + 1)
+    assert all(a is b for a, b in zip(given[1:], (first.w.data, first.w.scale, first.table, first.out), strict=True))
+    assert named == {
+        "bias": first.w.bias,
+        "top_k": TOP_K,
+        "act": "silu",
+        "alpha": 1.0,
+        "beta": 0.0,
+        "limit": 7.0,
+        "group_m": 16,
+    }
+    expected = (second.rows.data, second.w.data, second.w.scale, second.table, second.out)
+    assert all(a is b for a, b in zip(after, expected, strict=True))
+    assert how == {"bias": second.w.bias, "row_weights": weights, "factor": 2.0, "group_m": 16}
+
+
+@pytest.mark.parametrize("make", [down, packed_down])
+def test_ordinary_kernels_refuse_another_order_of_columns(make: Any) -> None:
+    one = make()
+    rows = replace(one.rows, kind="wide")
+    for config in (GemmConfig(64, 128, 2, 3, True, True), GemmConfig(64, 128, 4, 5, False, True)):
+        with pytest.raises(ValueError, match="natural order"):
+            products.grouped_product(rows, one.w, one.table, one.out, one.epilogue, config, prefetch=False)
+
+
+#: Places of sixteen columns in `wide_order`.
+WIDE = (0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 16), (5, 96), (3, 2 * 1024 + 48)])
+@pytest.mark.parametrize("more", [0, 8])
+def test_wide_order(lab: Any, tokens: int, width: int, more: int) -> None:
+    """Of rows side by side, and of rows with something between them."""
+    x = torch.randn(tokens, width + more).half().to(lab.device)[:, :width]
+    found = wide_order(x)
+    assert found.is_contiguous()
+    assert torch.equal(found, x.unflatten(1, (-1, 16))[:, :, WIDE].flatten(1))
+    assert torch.equal(hopper.natural(found), x)
+    rows = hopper.wide(x)
+    assert (rows.kind, rows.scale, rows.divisor) == ("wide", None, 0)
+    assert torch.equal(rows.data, found)
+
+
 def test_what_is_not_taken_is_an_error(monkeypatch: Any, launched: Any) -> None:
     """The sequence puts an ordinary configuration there before."""
     monkeypatch.setattr(hopper, "is_exactly_hopper", lambda device: False)
-    for one in (up(), down(fp8=True)):
+    for one in (up(), down(fp8=True), packed_up(), packed_down()):
         with pytest.raises(ValueError, match="specialized"):
             products.grouped_product(one.rows, one.w, one.table, one.out, one.epilogue, CONFIG, prefetch=False)
     assert not launched

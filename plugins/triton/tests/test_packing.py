@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from moe_core_triton import weights as preparing
 from moe_core_triton.packing import halves, pack_width, pad_groups
+
+from moe_core import CanonicalWeights, MoeConfig
+from moe_core.errors import WeightError
+from moe_core.quant import builtin_scheme
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -97,3 +105,40 @@ def test_a_half_of_a_block_has_one_scale_in_the_loop(group: int, in_loop: int) -
     assert pack_width(group, scale_in_loop=True) == in_loop
     assert (in_loop // 2) % group == 0 or group % (in_loop // 2) == 0
     assert pack_width(group, scale_in_loop=False) == 128
+
+
+def scaled(**largest: int) -> tuple[CanonicalWeights, Any]:
+    """A layer of mxfp4 weights, where a scale of w13 or w2 is that byte and no other one is over 192; its binding."""
+    sizes: dict[str, Any] = {"num_experts": 2, "top_k": 1, "hidden_size": 128, "intermediate_size": 64}
+    config, tensors = MoeConfig(scheme="mxfp4_w4a16", **sizes), {}
+    for name, (n, k) in {"w13": (128, 128), "w2": (128, 64)}.items():
+        tensors[name] = random_codes(2, n, k)[1]
+        tensors[f"{name}_scale"] = torch.randint(0, 193, (2, n, k // 32), dtype=torch.uint8)
+        tensors[f"{name}_scale"][1, 2, 1] = largest.get(name, 192)
+    scheme = builtin_scheme("mxfp4_w4a16")
+    return CanonicalWeights(**tensors), SimpleNamespace(config=config, scheme=scheme, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("byte", [193, 254, 255])
+def test_words_only_for_scales_that_they_can_have(monkeypatch: pytest.MonkeyPatch, byte: int) -> None:
+    """255 is NaN, and one over 192 more than the kernels' bias leaves room for: those weights stay in halves."""
+    monkeypatch.setattr(preparing, "is_nvidia", lambda device: True)
+    found = preparing.prepare(*scaled())
+    assert (found.up.pack, found.down.pack) == ("mxfp4_words", "mxfp4_words")
+    first = preparing.prepare(*scaled(w13=byte))
+    assert (first.up.pack, first.down.pack) == ("mxfp4", "mxfp4_words")
+    second = preparing.prepare(*scaled(w2=byte))
+    assert (second.up.pack, second.down.pack) == ("mxfp4_words", "mxfp4")
+    held = second.down.scale
+    assert held is not None
+    assert held.max() == byte
+    with pytest.raises(WeightError, match="make the plan anew"):
+        preparing.update(found, *scaled(w2=byte))
+
+
+def test_words_only_where_their_instructions_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, binding = scaled()
+    assert preparing.prepare(weights, binding).up.pack == "mxfp4"
+    monkeypatch.setattr(preparing, "is_nvidia", lambda device: True)
+    binding.dtype = torch.float16
+    assert preparing.prepare(weights, binding).up.pack == "mxfp4"

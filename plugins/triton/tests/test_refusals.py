@@ -176,9 +176,11 @@ def test_hooks_bring_a_count_to_the_host(lab: Any, code: str, asked: dict[str, A
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("on_input", [False, True])
-@pytest.mark.parametrize("scheme", ["bf16", "fp8_block128"])
+@pytest.mark.parametrize(
+    ("scheme", "block_m"), [("bf16", 128), ("bf16", 192), ("fp8_block128", 128), ("mxfp4_w4a16", 64)]
+)
 def test_what_no_specialized_kernel_computes_is_computed_all_the_same(
-    lab: Any, scheme: str, bias: bool, on_input: bool
+    lab: Any, scheme: str, block_m: int, bias: bool, on_input: bool
 ) -> None:
     """A tuned configuration names the specialised kernels; the layer has something that they have not."""
     config = lab.config(
@@ -186,8 +188,8 @@ def test_what_no_specialized_kernel_computes_is_computed_all_the_same(
     )
     layer = lab.layer(config, tokens=40)
     plan = lab.plan(config, layer.weights, "fused")
-    one = specialized(Problem(8, 2, 256, 128, scheme=scheme, specialized=True))
-    fixed = LayerConfig("tiles", 128, one, one)
+    one = specialized(Problem(8, 2, 256, 128, scheme=scheme, specialized=True), block_m)
+    fixed = LayerConfig("tiles", block_m, one, one)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Planner, "__call__", lambda self, tokens: fixed)
         patch.setattr(Planner, "tiles", lambda self, tokens: fixed)

@@ -105,6 +105,12 @@ def test_a_budget_of_nothing(make_job: Any) -> None:
     assert not job.store.exists()
 
 
+def legal(gemm: GemmConfig, job: Any) -> GemmConfig:
+    """Where four-bit weights are words, the number of warps decides on the side of the weights."""
+    words = job.quant_info.up.pack == "mxfp4_words"
+    return replace(gemm, swap=gemm.num_warps < 4) if words else gemm
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_variants_of_every_scheme_are_right(make_job: Any, untimed: None, scheme: str) -> None:
     job, told = make_job((3,), scheme=scheme, num_experts=3)
@@ -113,14 +119,17 @@ def test_variants_of_every_scheme_are_right(make_job: Any, untimed: None, scheme
     tiny = replace(TINY, block_k=128)
     bench = LayerBench(job)
     wide = replace(tile, block_n=256 if scheme == "fp8_block128" else 128)
-    for variant in (
-        Variant("layer", LayerConfig("tiles", 64, tile, tile)),
-        Variant("layer", LayerConfig("tiny", 1, tiny, tiny)),
-        single("up", 64, wide),
-        single("up", 16, replace(tile, swap=True)),
-        single("down", 64, replace(tile, num_warps=8)),
-        single("down", 16, replace(tile, swap=True)),
-    ):
+    low = replace(tile, swap=True, num_warps=2 if packed else 4)
+    variants = [
+        Variant("layer", LayerConfig("tiles", 64, legal(tile, job), legal(tile, job))),
+        single("up", 64, legal(wide, job)),
+        single("up", 16, legal(low, job)),
+        single("down", 64, legal(replace(tile, num_warps=8), job)),
+        single("down", 16, legal(low, job)),
+    ]
+    if job.quant_info.up.pack != "mxfp4_words":
+        variants.insert(1, Variant("layer", LayerConfig("tiny", 1, tiny, tiny)))
+    for variant in variants:
         us = bench.time(3, variant, float("inf"))
         assert us is not None, (variant.text, told)
         assert us > 0
@@ -208,12 +217,15 @@ def test_workers_launch_everything_without_the_weights(make_job: Any, lab: Any, 
     packed = "4" in scheme.split("_")[0]
     tile = replace(TILE, block_k=128, swap=packed, block_n=64)
     tiny = replace(TINY, block_k=128)
-    for tokens, variant in (
-        (3, Variant("layer", LayerConfig("tiny", 1, tiny, tiny))),
-        (40, Variant("layer", LayerConfig("tiles", 16, tile, tile))),
-        (40, single("up", 16, tile)),
-        (40, single("down", 16, replace(tile, persistent=True))),
-    ):
+    low = legal(replace(tile, num_warps=2 if packed else 4), job)
+    variants = [
+        (40, Variant("layer", LayerConfig("tiles", 16, low, low))),
+        (40, single("up", 16, low)),
+        (40, single("down", 16, replace(low, persistent=True))),
+    ]
+    if job.quant_info.up.pack != "mxfp4_words":
+        variants.append((3, Variant("layer", LayerConfig("tiny", 1, tiny, tiny))))
+    for tokens, variant in variants:
         made.launch(tokens, variant)
 
 

@@ -8,7 +8,6 @@ default for the layers of `configs.specialized`, because they are the fastest fr
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_core_triton.configs.config import GemmConfig
+from moe_core_triton.configs.specialized import HEIGHTS, STEPS
 from moe_core_triton.kernels.launching import is_exactly_hopper
 from moe_core_triton.row_table import RowTable
 from moe_core_triton.weights import Projection
@@ -23,18 +23,18 @@ from moe_core_triton.weights import Projection
 if TYPE_CHECKING:
     from moe_core_triton.products import Epilogue, Rows
 
-#: The height of a tile that they have.
-BLOCK_M = 128
+#: How weights may be packed for them.
+PACKS = ("", "mxfp4_words")
 
 
 @lru_cache(maxsize=1)
 def _kernels() -> Any:
-    """Their modules (16 bits, fp8), or None with this Triton."""
+    """Their modules (16 bits, fp8, mxfp4), or None with this Triton."""
     try:
-        from moe_core_triton.kernels import hopper_common, hopper_fp8, hopper_gemm
+        from moe_core_triton.kernels import hopper_fp8, hopper_gemm, hopper_mxfp4
     except (ImportError, AttributeError, TypeError):
         return None
-    return hopper_common, hopper_gemm, hopper_fp8
+    return hopper_gemm, hopper_fp8, hopper_mxfp4
 
 
 def available(device: torch.device) -> bool:
@@ -48,34 +48,53 @@ def reads(data: Tensor, *, gathered: bool) -> bool:
     return aligned and not (gathered and data.shape[0] * data.stride(0) >= 1 << 31)
 
 
+def wide(data: Tensor) -> Rows:
+    """Rows [.., K] in the order of K that the kernels for packed weights read."""
+    from moe_core_triton.kernels.hopper_unpack import wide_order
+    from moe_core_triton.products import Rows
+
+    return Rows(wide_order(data), kind="wide")
+
+
+def natural(data: Tensor) -> Tensor:
+    """The inverse of `wide`, of its data."""
+    return data.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).flatten(-4)
+
+
+def _scheme(rows: Rows, w: Projection) -> str | None:
+    """Whose kernels compute a product of these operands, or None."""
+    data = rows.data
+    if w.pack == "mxfp4_words":
+        return "mxfp4_w4a16" if data.dtype == torch.bfloat16 and w.group == 32 and w.pack_width == 128 else None
+    if w.pack or data.dtype != w.data.dtype:
+        return None
+    if data.dtype == torch.float8_e4m3fn:
+        return "fp8_block128" if w.weight_scale == "block" and w.bias is None else None
+    return "bf16" if data.dtype in (torch.bfloat16, torch.float16) and not w.weight_scale else None
+
+
 def takes(rows: Rows, w: Projection, table: RowTable, epilogue: Epilogue, out: Tensor) -> bool:
     """Whether a kernel here computes this product."""
-    data = rows.data
-    if not is_exactly_hopper(data.device) or table.block_m != BLOCK_M or data.dtype != w.data.dtype:
+    scheme = _scheme(rows, w)
+    if scheme is None or not available(rows.data.device) or out.dtype == torch.float32:
         return False
-    fp8 = data.dtype == torch.float8_e4m3fn
-    if (not fp8 and data.dtype not in (torch.bfloat16, torch.float16)) or (w.weight_scale == "block") is not fp8:
-        return False
-    if w.bias is not None or w.pack or _kernels() is None or out.dtype == torch.float32:
-        return False
-    gathers = table.slots is not None
+    fp8, packed, gathers = scheme == "fp8_block128", scheme == "mxfp4_w4a16", table.slots is not None
     if w.parts == 2:
         wanted = "group" if fp8 else ""
         fits = epilogue.activation is not None and epilogue.quant == wanted and (rows.divisor > 0) is gathers
-        fits = fits and not epilogue.weigh and not epilogue.scatter
+        fits = fits and not epilogue.weigh and not epilogue.scatter and rows.kind == wanted
     else:
         fits = epilogue.activation is None and not epilogue.quant and epilogue.scatter is gathers and rows.divisor == 0
-        fits = fits and epilogue.weigh != "in"
-    sizes = (w.n % 128 == 0 and w.k % 128 == 0) if fp8 else (w.n % 8 == 0 and w.k % 8 == 0)
-    return fits and sizes and reads(data, gathered=w.parts == 2 and gathers)
+        fits = fits and epilogue.weigh != "in" and (rows.kind == "wide") is packed
+    sizes = not (w.n % STEPS[scheme] or w.k % STEPS[scheme]) and table.block_m in HEIGHTS[scheme]
+    return fits and sizes and reads(rows.data, gathered=w.parts == 2 and gathers)
 
 
 def launch(rows: Rows, w: Projection, table: RowTable, out: Tensor, epilogue: Epilogue, config: GemmConfig) -> None:
-    """The product, in one launch of a program an SM."""
-    _, sixteen, eight = _kernels()
-    fp8 = rows.data.dtype == torch.float8_e4m3fn
-    module = eight if fp8 else sixteen
-    cut = replace(module.DEFAULT, group_m=config.group_m)
+    """The product, in one launch of a program an SM (and, for packed weights, one that orders the columns of x)."""
+    sixteen, eight, four = _kernels()
+    scheme, data = _scheme(rows, w), rows.data
+    cut: dict[str, Any] = {"group_m": config.group_m}
     if w.parts == 2:
         activation: Any = epilogue.activation
         options = {
@@ -84,18 +103,23 @@ def launch(rows: Rows, w: Projection, table: RowTable, out: Tensor, epilogue: Ep
             "alpha": activation.alpha,
             "beta": activation.beta,
             "limit": activation.limit,
-            "config": cut,
+            **cut,
         }
-        if fp8:
-            eight.up_gemm_fp8(rows.data, rows.scale, w.data, w.scale, table, out, epilogue.scale, **options)
+        if scheme == "fp8_block128":
+            eight.up_gemm_fp8(data, rows.scale, w.data, w.scale, table, out, epilogue.scale, **options)
+        elif scheme == "mxfp4_w4a16":
+            four.up_gemm_mxfp4(wide(data).data, w.data, w.scale, table, out, bias=w.bias, **options)
         else:
-            sixteen.up_gemm(rows.data, w.data, table, out, **options)
+            sixteen.up_gemm(data, w.data, table, out, bias=w.bias, **options)
         return
-    weights = epilogue.weights if epilogue.weigh == "out" else None
-    factor = epilogue.factor if epilogue.weigh else 1.0
-    if fp8:
-        eight.down_gemm_fp8(
-            rows.data, rows.scale, w.data, w.scale, table, out, row_weights=weights, scale=factor, config=cut
-        )
+    options = {
+        "row_weights": epilogue.weights if epilogue.weigh == "out" else None,
+        "factor": epilogue.factor if epilogue.weigh else 1.0,
+        **cut,
+    }
+    if scheme == "fp8_block128":
+        eight.down_gemm_fp8(data, rows.scale, w.data, w.scale, table, out, **options)
+    elif scheme == "mxfp4_w4a16":
+        four.down_gemm_mxfp4(data, w.data, w.scale, table, out, bias=w.bias, **options)
     else:
-        sixteen.down_gemm(rows.data, w.data, table, out, row_weights=weights, scale=factor, config=cut)
+        sixteen.down_gemm(data, w.data, table, out, bias=w.bias, **options)

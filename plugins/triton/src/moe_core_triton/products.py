@@ -19,8 +19,11 @@ from moe_core_triton.weights import Projection
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What is multiplied. data: [rows, K]. kind: "" (as it is), "row" (scale [rows, 1]), "group" ([rows, K / 128]),
-    or "expert" (one scale an expert, or one in all: then its stride is 0). divisor: row of a slot is slot // divisor; 0
+    """What is multiplied.
+
+    data: [rows, K]. kind: "" (as it is), "row" (scale [rows, 1]), "group" ([rows, K / 128]), "expert" (one scale an
+    expert, or one in all: then its stride is 0), or "wide" (no scale, columns in the order of
+    `kernels.hopper_unpack.wide_order`). divisor: row of a slot is slot // divisor; 0
     where a position is its own row."""
 
     data: Tensor
@@ -70,6 +73,8 @@ def grouped_product(
             raise ValueError(f"no specialized kernel computes this product ({config.text}): see LayerConfig.plain")
         hopper.launch(rows, w, table, out, epilogue, config)
         return
+    if rows.kind == "wide":
+        raise ValueError(f"an ordinary kernel ({config.text}) reads columns in their natural order")
     activation = epilogue.activation
     block_k = w.pack_width or config.block_k
     width = block_k // 2 if w.pack else block_k

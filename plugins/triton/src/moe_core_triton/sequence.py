@@ -72,9 +72,10 @@ class LayerSequence:
 
     def _specializes(self, rows: ExpertRows, weights: TritonWeights, state: RunningState) -> bool:
         """Whether the specialized kernels compute this call: the layer is one of theirs, no hook, readable memory."""
-        if not self.planner.specialized or state.hooks is not None:
+        pair = weights.up, weights.down
+        if not self.planner.specialized or state.hooks is not None or any(w.pack not in hopper.PACKS for w in pair):
             return False
-        aligned = all(w.data.data_ptr() % 16 == 0 for w in (weights.up, weights.down))
+        aligned = all(w.data.data_ptr() % 16 == 0 for w in pair)
         return aligned and hopper.reads(rows.data, gathered=rows.ids is not None)
 
     def _table(self, rows: ExpertRows, block_m: int) -> RowTable:
@@ -147,11 +148,13 @@ class LayerSequence:
             return Rows(hidden, 0, weights.down.input_scale, "expert")
         hidden = self._rows(table.positions, w.n, call)
         grouped_product(call.x, w, table, hidden, Epilogue(activation, **epilogue), config, prefetch=False)
+        if config.specialized and w.pack:
+            return Rows(hidden, kind="wide")
         return self._quantized(hidden, call, weights.down)
 
     def _quantized(self, hidden: Tensor, call: Call, w: Projection) -> Rows:
         if self.payload is None:
-            return Rows(hidden)
+            return hopper.wide(hidden) if w.pack and call.config.down.specialized else Rows(hidden)
         if self.payload != "fp8_tensor":
             data, scale = quantize_rows(hidden, self.payload)
             return Rows(data, 0, scale, KINDS[self.payload])

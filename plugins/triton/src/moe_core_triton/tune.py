@@ -19,6 +19,7 @@ from moe_core.errors import MoeCoreError
 from moe_core.protocols import RunnerHooks, RunningState, TuningJob, TuningRow
 from moe_core.testing.tolerances import tolerance
 from moe_core.vocabulary import STANDARD
+from moe_core_triton import hopper
 from moe_core_triton.adapters import standard_reader
 from moe_core_triton.calls import Call, ExpertRows
 from moe_core_triton.configs.candidates import candidates
@@ -182,7 +183,8 @@ class LayerBench:
         """Calls of all input sets in tiles of that height, ready for GEMM1."""
         if block_m not in self._calls:
             assert self._sound is not None  # noqa: S101
-            self._layer.planner.fix(replace(self._sound, block_m=block_m))
+            # Ordinary kernels, whose height no call changes.
+            self._layer.planner.fix(replace(self._sound.plain, block_m=block_m))
             sets = self._inputs(self._tokens)
             self._calls[block_m] = [self._layer.prepare(rows, self._weights, state) for rows, state in sets]
         return self._calls[block_m]
@@ -194,15 +196,16 @@ class LayerBench:
         calls = [replace(call, config=variant.config) for call in self._prepared(block_m)]
         if variant.part == "up":
             return [partial(layer._up, call, weights, hooks) for call in calls]
-        if block_m not in self._hidden:
+        key = block_m, variant.gemm.specialized
+        if key not in self._hidden:
             pairs = zip(self._plain, calls, strict=True)
-            self._hidden[block_m] = [layer._quantized(plain, call, weights.down) for plain, call in pairs]
+            self._hidden[key] = [layer._quantized(plain, call, weights.down) for plain, call in pairs]
 
         def down(call: Call, hidden: Rows, state: RunningState) -> Tensor:
             layer._down(call, hidden, weights.down, hooks, state)
             return call.result  # type: ignore[return-value]
 
-        given = zip(calls, self._hidden[block_m], states, strict=True)
+        given = zip(calls, self._hidden[key], states, strict=True)
         return [partial(down, *one) for one in given]
 
     def _need_base(self) -> None:
@@ -309,6 +312,8 @@ def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
 
 def _numbers(rows: Rows) -> Tensor:
     """The numbers that quantized rows stand for."""
+    if rows.kind == "wide":
+        return hopper.natural(rows.data)
     if rows.scale is None or rows.kind == "expert":
         return rows.data if rows.scale is None else rows.data.float()
     data = rows.data.float()

@@ -153,9 +153,9 @@ def _projection(weights: CanonicalWeights, name: str, parts: int, binding: Bindi
         # float16 has too few exponents for e8m0: there, and for int4, the scale multiplies the product of a half.
         width = pack_width(group, scale_in_loop=pack == "int4" or binding.dtype is torch.float16)
         scale = scale.view(torch.uint8) if scale.element_size() == 1 else scale
-        # The words of `kernels.unpack.e2m1_words` need bfloat16 and NVIDIA's instructions, and no scale over 2**65.
+        # The words of `kernels.unpack.e2m1_words` need bfloat16, NVIDIA's instructions, and no scale over 2**65 or NaN.
         words = pack == "mxfp4" and binding.dtype is torch.bfloat16 and is_nvidia(data.device)
-        words = words and not bool(((scale > 192) & (scale < 255)).any())
+        words = words and not bool((scale > 192).any())
         data = halves(data, width, words=words)
         scale = pad_groups(scale, k, width, group)
         zero = None if zero is None else pad_groups(zero, k, width, group)

@@ -13,9 +13,10 @@ from moe_core_triton.configs import model
 from moe_core_triton.configs.config import PATHS, TINY_POSITIONS, GemmConfig, LayerConfig, Problem
 from moe_core_triton.configs.device import Device
 from moe_core_triton.configs.routing import padding
+from moe_core_triton.configs.specialized import HEIGHTS, TILES
 
 #: What the kernels take. A value that is not here is refused wherever it comes from, stored files included.
-BLOCK_M: Final = (8, 16, 32, 64, 128, 256)
+BLOCK_M: Final = (8, 16, 32, 64, 128, 192, 256)
 BLOCK_N: Final = (16, 32, 64, 128, 256)
 BLOCK_K: Final = (32, 64, 128, 256)
 WARPS: Final = (4, 8)
@@ -57,6 +58,8 @@ def why_not(problem: Problem, config: LayerConfig, device: Device, tokens: int |
             return f"{tokens} tokens x {problem.top_k} are more than {TINY_POSITIONS} positions"
     elif config.block_m not in BLOCK_M:
         return f"block_m is one of {BLOCK_M}"
+    if problem.traits.swap_only and config.up.specialized is not config.down.specialized:
+        return "both GEMMs of packed weights or none are specialized: they agree on another order of K"
     for part, gemm in (("up", config.up), ("down", config.down)):
         reason = gemm_why_not(problem, part, gemm, config.block_m, device)
         if reason is not None:
@@ -69,6 +72,8 @@ def gemm_why_not(problem: Problem, part: str, gemm: GemmConfig, block_m: int, de
     if gemm.specialized:
         return _specialized_why_not(problem, gemm, block_m, device)
     tiny, traits = block_m == 1, problem.traits
+    if block_m & (block_m - 1):
+        return "the ordinary kernels have tiles of a power of two"
     if tiny and words(problem, device):
         return "the tiny path does not read words of four-bit weights"
     n, k = problem.matrix(part)
@@ -108,10 +113,11 @@ def gemm_why_not(problem: Problem, part: str, gemm: GemmConfig, block_m: int, de
     return _tiles_why_not(problem, gemm, block_m, device, held)
 
 
-def specialized(problem: Problem, group_m: int = 8) -> GemmConfig:
-    """The one shape of the warp-specialized kernels (see `hopper`): 128 x 256 tiles in four slots."""
-    block_k = 128 if problem.scheme == "fp8_block128" else 64
-    return GemmConfig(256, block_k, 4, 4, False, True, group_m, specialized=True)
+def specialized(problem: Problem, block_m: int, group_m: int = 8) -> GemmConfig:
+    """The one shape of the warp-specialized kernels (see `hopper`) with tiles of that height."""
+    rows, block_k, slots = TILES[problem.scheme][block_m]
+    swap = problem.traits.swap_only
+    return GemmConfig(rows, block_k, 4, slots, swap, True, group_m, specialized=True)
 
 
 def _specialized_why_not(problem: Problem, gemm: GemmConfig, block_m: int, device: Device) -> str | None:
@@ -119,8 +125,11 @@ def _specialized_why_not(problem: Problem, gemm: GemmConfig, block_m: int, devic
         return "the warp-specialized kernels are turned off, or not for this layer or device (see configs.specialized)"
     if device.arch != "sm_90":
         return f"the warp-specialized kernels are for sm_90, this is {device.arch}"
-    if block_m != 128 or gemm.group_m not in GROUP_M or gemm != specialized(problem, gemm.group_m):
-        return "the warp-specialized kernels have one tile"
+    heights = HEIGHTS.get(problem.scheme, ())
+    if block_m not in heights:
+        return f"tiles of the warp-specialized kernels have {heights} rows"
+    if gemm.group_m not in GROUP_M or gemm != specialized(problem, block_m, gemm.group_m):
+        return "the warp-specialized kernels have one tile of each height"
     return None
 
 
@@ -175,8 +184,8 @@ def gemms(problem: Problem, part: str, block_m: int, device: Device) -> Iterator
                 one = GemmConfig(block_n, block_k, warps, stage, swap, tma, group, persistent)
                 if gemm_why_not(problem, part, one, block_m, device) is None:
                     yield one
-    for group in (8, 16):
-        one = specialized(problem, group)
+    for group in (8, 16) if problem.specialized and block_m in HEIGHTS.get(problem.scheme, ()) else ():
+        one = specialized(problem, block_m, group)
         if gemm_why_not(problem, part, one, block_m, device) is None:
             yield one
 
@@ -218,7 +227,8 @@ def _ranked(
         extra = model.overhead_seconds(problem, path, tokens, device)
         best = (_timed(problem, part, block_m, tokens, device)[:keep] for part in ("up", "down"))
         for up, down in product(*best):
-            found.append((up[0] + down[0] + extra, LayerConfig(path, block_m, up[1], down[1])))
+            if not problem.traits.swap_only or up[1].specialized is down[1].specialized:
+                found.append((up[0] + down[0] + extra, LayerConfig(path, block_m, up[1], down[1])))
     return tuple(sorted(found, key=lambda pair: pair[0]))
 
 

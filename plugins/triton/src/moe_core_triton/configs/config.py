@@ -71,13 +71,16 @@ class LayerConfig:
         """With ordinary kernels in the place of specialized ones."""
         if not (self.up.specialized or self.down.specialized):
             return self
+        if self.up.specialized and self.up.swap:
+            part = GemmConfig(64, 128, 4, 5, False, True)
+            return replace(self, block_m=64, up=part, down=part)
         if 128 in [part.block_k for part in (self.up, self.down) if part.specialized]:
             # Two accumulators a tile, because scales change every 128 of K: lower tiles, three programs a processor.
             part = GemmConfig(128, 128, 4, 3, False, True, 8)
             return replace(self, block_m=64, up=part, down=part)
         part = GemmConfig(256, 64, 8, 4, False, True, 8)
         up, down = (part if one.specialized else one for one in (self.up, self.down))
-        return replace(self, up=up, down=down)
+        return replace(self, block_m=128, up=up, down=down)
 
     @property
     def text(self) -> str:

@@ -137,7 +137,9 @@ class Configs:
                 fits = where.device == self.device.name and (where.triton == self._triton) is same
                 if source == wanted and fits and key in table:
                     entry = self._nearest(table[key], self.local(tokens), self.problem, tokens, tiny)
-                    if entry is not None and (source == "tuned" or not self._doubted(entry, table[key], tokens, tiny)):
+                    borrowed = key != self.problem.key
+                    sure = source == "tuned" and not borrowed
+                    if entry is not None and (sure or not self._doubted(entry, table[key], tokens, tiny, borrowed)):
                         return Choice(entry.config, source, f"{label} (Triton {where.triton})", entry)
         return None
 
@@ -146,16 +148,20 @@ class Configs:
         """Whose entries are this problem's: its own, then those that need no specialized kernels."""
         return tuple(dict.fromkeys((self.problem.key, replace(self.problem, specialized=False).key)))
 
-    def _doubted(self, entry: Entry, row: Mapping[int, Entry], tokens: int, tiny: bool) -> bool:
-        """Whether it was tuned for another number of tokens, and the model expects its own choice to be faster."""
+    def _doubted(self, entry: Entry, row: Mapping[int, Entry], tokens: int, tiny: bool, borrowed: bool) -> bool:
+        """Whether the model expects its own choice to be faster, and the entry was tuned for another number of tokens
+        or, borrowed, without the specialized kernels that the model chooses."""
         local = self.local(tokens)
         apart = _apart(row, entry, local)
-        if apart < NEAR:
+        if apart < NEAR and not borrowed:
             return False
         call = tokens if tiny else max(tokens, TINY_POSITIONS + 1)
         best = candidates(self.problem, local, self.device, limit=1, call_tokens=call)[0]
         mine = model.seconds(self.problem, entry.config, local, self.device)
-        return mine > _limit(apart) * model.seconds(self.problem, best, local, self.device)
+        least = model.seconds(self.problem, best, local, self.device)
+        if borrowed and (best.up.specialized or best.down.specialized):
+            return mine > least
+        return apart >= NEAR and mine > _limit(apart) * least
 
     def _neighbor(self, tokens: int, best: LayerConfig, tiny: bool) -> Choice | None:
         """The nearest measured problem whose configuration is legal here, and which the model does not doubt."""

@@ -18,10 +18,18 @@ from typing import Any, Final, Protocol
 from moe_core.protocols import TuningRow
 from moe_core_triton.configs import candidates as space
 from moe_core_triton.configs import model
-from moe_core_triton.configs.candidates import blocks, gemm_candidates, gemm_moves, gemm_why_not, why_not
+from moe_core_triton.configs.candidates import (
+    blocks,
+    gemm_candidates,
+    gemm_moves,
+    gemm_why_not,
+    specialized,
+    why_not,
+)
 from moe_core_triton.configs.config import GemmConfig, LayerConfig, Problem
 from moe_core_triton.configs.device import Device
 from moe_core_triton.configs.files import SHIPPED, Entry, Where, add, triton_version
+from moe_core_triton.configs.specialized import HEIGHTS
 from moe_core_triton.configs.store import Choice, Configs, of
 
 #: A difference below this is noise.
@@ -177,9 +185,9 @@ class Point:
                 best = self._ranked(part, block_m)[0].gemm
                 theirs = (p._ranked(part, m)[0].gemm for p in near for _, m in p._heights()[:1])
                 lists.append([*self._promising(part, block_m, best), *self._singles(part, block_m, theirs)])
-                for other in (block_m // 2, block_m * 2) if rank == 0 else ():
+                for other in _beside(block_m) if rank == 0 else ():
                     if other in space.BLOCK_M and not self._ranked(part, other):
-                        lists.append(list(self._singles(part, other, (best,))))
+                        lists.append(list(self._singles(part, other, (self._at(best, other),))))
         layers = self._layers()
         tiny = next((v.config for v in layers if v.config.path == "tiny"), None)
         if tiny is not None and self.us(Variant("layer", tiny)) <= BEHIND * self.us(layers[0]):
@@ -190,6 +198,11 @@ class Point:
         lists += [[p._layers()[0]] for p in near if p._layers() and p._layers()[0].config.path == "tiny"]
         found = (v for v in _in_turn(lists) if v.part != "layer" or self.legal(v.config))
         return [v for v in dict.fromkeys(found) if v not in self.times]
+
+    def _at(self, gemm: GemmConfig, block_m: int) -> GemmConfig:
+        """The same GEMM in tiles of another height; a specialized one has its own tile at each."""
+        own = gemm.specialized and block_m in HEIGHTS.get(self.problem.scheme, ())
+        return specialized(self.problem, block_m, gemm.group_m) if own else gemm
 
     def _promising(self, part: str, block_m: int, gemm: GemmConfig) -> list[Variant]:
         """Untried steps from one GEMM, in the order of the model's liking."""
@@ -205,8 +218,14 @@ class Point:
         heights = self._heights()
         for us, block_m in heights[:PAIRS]:
             if us <= CLOSE * heights[0][0]:
-                up, down = (self._ranked(part, block_m)[0].gemm for part in PARTS)
-                found.append(LayerConfig("tiles", block_m, up, down))
+                ranked = [[variant.gemm for variant in self._ranked(part, block_m)] for part in PARTS]
+                # The best of each; where they may not be together, the best of either kind.
+                for kinds in ((True, False), (True,), (False,)):
+                    best = [next((g for g in gemms if g.specialized in kinds), None) for gemms in ranked]
+                    if all(best):
+                        found.append(LayerConfig("tiles", block_m, *best))
+                        if len(kinds) == 2 and self.legal(found[-1]):
+                            break
         return [Variant("layer", config) for config in found if self.legal(config)]
 
     def _tiny_pair(self, pivot: LayerConfig) -> LayerConfig:
@@ -350,3 +369,10 @@ def run_job(job: Any, bench: Bench, *, shipped: Path | None) -> list[TuningRow]:
         )
         for outcome in outcomes
     ]
+
+
+def _beside(block_m: int) -> tuple[int, ...]:
+    """Heights of tiles next to one."""
+    return {64: (32, 128, 192), 128: (64, 192, 256), 192: (64, 128, 256), 256: (128, 192)}.get(
+        block_m, (block_m // 2, block_m * 2)
+    )

@@ -16,8 +16,6 @@ over what lies there by then (seen on an H200: eight bytes of a tile, in one run
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,18 +24,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 #: Rows of one consumer: those of a wgmma.
 ROWS = gl.constexpr(64)
-
-
-@dataclass(frozen=True, slots=True)
-class HopperConfig:
-    """How a kernel is cut. Tiles are table.block_m x block_n, a consumer for every 64 rows; group_m tiles of rows share
-    columns in L2.
-    """
-
-    block_n: int = 256
-    block_k: int = 64
-    stages: int = 4
-    group_m: int = 8
 
 
 @gluon.jit

@@ -27,7 +27,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from moe_core_triton.kernels.activation import activate
 from moe_core_triton.kernels.hopper_common import (
     ROWS,
-    HopperConfig,
     acc_layout,
     count_live,
     descriptor,
@@ -44,9 +43,10 @@ from moe_core_triton.kernels.quantize import magnitude_bits
 from moe_core_triton.row_table import RowTable
 
 GROUP = 128
-DEFAULT = HopperConfig(block_n=2 * GROUP, block_k=GROUP)
 #: Consumers: a third has no registers left, with two accumulators each.
 PARTS = gl.constexpr(2)
+#: Slots of the ring.
+STAGES = 4
 
 
 @gluon.jit
@@ -258,11 +258,11 @@ def down_fp8_kernel(h_desc, h_scale, h_scale_stride, w_desc, w_scale, y, y_strid
     )
 
 
-def _check(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, table: RowTable, config: HopperConfig) -> None:
+def _check(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, table: RowTable) -> None:
     """ValueError for what the kernels would compute wrongly."""
     experts, rows, width = w.shape
-    if table.block_m != 128 or (config.block_n, config.block_k) != (2 * GROUP, GROUP):
-        raise ValueError(f"tiles are 128 x 256 x 128, got rows {table.block_m} and {config}")
+    if table.block_m != PARTS.value * ROWS.value:
+        raise ValueError(f"tiles have 128 rows, got {table.block_m}")
     if rows % GROUP or width % GROUP:
         raise ValueError(f"sizes must be multiples of {GROUP}, got weights {list(w.shape)}")
     if w_scale.shape != (experts, rows // GROUP, width // GROUP) or not w_scale.is_contiguous():
@@ -273,7 +273,7 @@ def _check(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, table: RowTab
 
 def up_gemm_fp8(x: Tensor, x_scale: Tensor, w13: Tensor, w13_scale: Tensor, table: RowTable, h: Tensor,
                 h_scale: Tensor, *, top_k: int, act: str = "silu", alpha: float = 1.0, beta: float = 0.0,
-                limit: float | None = None, config: HopperConfig = DEFAULT) -> tuple[Tensor, Tensor]:  # fmt: skip
+                limit: float | None = None, group_m: int = 8) -> tuple[Tensor, Tensor]:  # fmt: skip
     """h[p], h_scale[p] = quantized act(gate, up) of x[table.slots[p] // top_k] and its expert's rows of w13, live p.
 
     x, h: e4m3 [T, H], [positions, I]; x_scale, h_scale: float32 [T, H / 128], [positions, I / 128]; w13: e4m3
@@ -281,7 +281,7 @@ def up_gemm_fp8(x: Tensor, x_scale: Tensor, w13: Tensor, w13_scale: Tensor, tabl
     """
     experts, twice, K = w13.shape
     inter = twice // 2
-    _check(x, x_scale, w13, w13_scale, table, config)
+    _check(x, x_scale, w13, w13_scale, table)
     if inter % GROUP or h_scale.shape[1] != inter // GROUP or h_scale.stride(1) != 1 != h_scale.shape[1]:
         raise ValueError(f"h {list(h.shape)} needs {inter / GROUP} scales a row, got {list(h_scale.shape)}")
     gathered = table.slots is not None
@@ -294,29 +294,27 @@ def up_gemm_fp8(x: Tensor, x_scale: Tensor, w13: Tensor, w13_scale: Tensor, tabl
         w_desc, w13_scale, h, h.stride(0), h_scale, h_scale.stride(0), table.tile_expert, table.tile_start, table.ends,
         table.slots if gathered else table.tile_start, table.tiles, K, inter, float(alpha), float(beta),
         float(limit or 0.0), ACT=act, HAS_LIMIT=limit is not None, HAS_SLOTS=gathered, TOP_K=top_k,
-        BN=config.block_n, BK=config.block_k, STAGES=config.stages, GROUP_M=config.group_m,
-        num_warps=4,
+        BN=2 * GROUP, BK=GROUP, STAGES=STAGES, GROUP_M=group_m, num_warps=4,
     )  # fmt: skip
     return h, h_scale
 
 
 def down_gemm_fp8(h: Tensor, h_scale: Tensor, w2: Tensor, w2_scale: Tensor, table: RowTable, y: Tensor, *,
-                  row_weights: Tensor | None = None, scale: float = 1.0,
-                  config: HopperConfig = DEFAULT) -> Tensor:  # fmt: skip
-    """y[table.slots[p]] = (h[p] times its expert's w2) * row_weights[table.slots[p]] * scale, for live p.
+                  row_weights: Tensor | None = None, factor: float = 1.0, group_m: int = 8) -> Tensor:  # fmt: skip
+    """y[table.slots[p]] = (h[p] times its expert's w2) * row_weights[table.slots[p]] * factor, for live p.
 
     h: e4m3 [positions, I], h_scale: float32 [positions, I / 128]; w2: e4m3 [E, H, I], w2_scale: float32
     [E, H / 128, I / 128]; y: 16 bits [.., H]. Without table.slots p stands for its slot.
     """
     experts, columns, K = w2.shape
-    _check(h, h_scale, w2, w2_scale, table, config)
-    grid = min(processors(h.device), table.tiles * -(-columns // config.block_n))
+    _check(h, h_scale, w2, w2_scale, table)
+    grid = min(processors(h.device), table.tiles * -(-columns // (2 * GROUP)))
     down_fp8_kernel[(grid,)](
         descriptor(h, ROWS.value, GROUP), h_scale, h_scale.stride(0),
-        descriptor(w2.view(experts * columns, K), config.block_n, GROUP), w2_scale, y, y.stride(0), table.tile_expert,
+        descriptor(w2.view(experts * columns, K), 2 * GROUP, GROUP), w2_scale, y, y.stride(0), table.tile_expert,
         table.tile_start, table.ends, table.tile_start if table.slots is None else table.slots,
-        w2_scale if row_weights is None else row_weights, float(scale), table.tiles, K, columns,
-        HAS_SLOTS=table.slots is not None, HAS_WEIGHTS=row_weights is not None, BN=config.block_n,
-        BK=config.block_k, STAGES=config.stages, GROUP_M=config.group_m, num_warps=4,
+        w2_scale if row_weights is None else row_weights, float(factor), table.tiles, K, columns,
+        HAS_SLOTS=table.slots is not None, HAS_WEIGHTS=row_weights is not None, BN=2 * GROUP, BK=GROUP,
+        STAGES=STAGES, GROUP_M=group_m, num_warps=4,
     )  # fmt: skip
     return y

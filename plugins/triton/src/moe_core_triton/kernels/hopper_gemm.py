@@ -1,6 +1,6 @@
 """Grouped GEMMs for Hopper at prefill sizes: persistent, warp-specialised, in Gluon (sm_90a, Triton 3.6 and later).
 
-One CTA an SM. A producer warpgroup fills a ring of `stages` slots in shared memory (weights by TMA; activations by
+One CTA an SM. A producer warpgroup fills a ring of slots in shared memory (weights by TMA; activations by
 TMA, or gathered row by row with cp.async); two or three consumer warpgroups each own 64 rows of a tile and all of its
 columns. The protocol of a slot is in `hopper_common.py`.
 
@@ -24,7 +24,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from moe_core_triton.kernels.activation import activate
 from moe_core_triton.kernels.hopper_common import (
     ROWS,
-    HopperConfig,
     acc_layout,
     count_live,
     descriptor,
@@ -39,7 +38,9 @@ from moe_core_triton.kernels.hopper_common import (
 from moe_core_triton.kernels.launching import processors
 from moe_core_triton.row_table import RowTable
 
-DEFAULT = HopperConfig()
+#: Columns of a tile, K of a slot; slots of the ring by the height of a tile, which is its table's.
+BLOCK_N, BLOCK_K = 256, 64
+STAGES = {128: 4, 192: 3}
 
 
 @gluon.jit
@@ -86,9 +87,17 @@ def _multiply(ring, it, steps, PART: gl.constexpr, PARTS: gl.constexpr, STAGES: 
 
 
 @gluon.jit
+def _bias_of(row, first, size, COLS: gl.constexpr):
+    """COLS numbers of a row of the bias from column `first` on, float32 [1, COLS] beside a product's halves."""
+    column = first + gl.arange(0, COLS, layout=gl.SliceLayout(0, acc_layout(COLS, 16)))
+    return gl.load(row + column, mask=column < size, other=0.0).to(gl.float32)[None, :]
+
+
+@gluon.jit
 def _consume_up(given, PART: gl.constexpr, PARTS: gl.constexpr, ACT: gl.constexpr, HAS_LIMIT: gl.constexpr,
-                GROUP_M: gl.constexpr, STAGES: gl.constexpr, GATHERED: gl.constexpr):  # fmt: skip
-    ring, table, h, h_stride, span, act = given
+                HAS_BIAS: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+                GATHERED: gl.constexpr):  # fmt: skip
+    ring, table, bias, h, h_stride, span, act = given
     live, n_tiles, inter, K = span
     COLS: gl.constexpr = ring[1].shape[1] // 2
     layout: gl.constexpr = store_layout(COLS, 16)
@@ -98,9 +107,12 @@ def _consume_up(given, PART: gl.constexpr, PARTS: gl.constexpr, ACT: gl.constexp
     it = 0
     for tile in range(gl.program_id(0), live * n_tiles, gl.num_programs(0)):
         m, n = place(tile, live, n_tiles, GROUP_M)
-        _, start, count = rows_of(m, table, PARTS * ROWS)
+        expert, start, count = rows_of(m, table, PARTS * ROWS)
         if count > PART * ROWS:
             gate, up = _multiply(ring, it, steps, PART, PARTS, STAGES, GATHERED)
+            if HAS_BIAS:
+                gate += _bias_of(bias + expert * (2 * inter), n * COLS, inter, COLS)
+                up += _bias_of(bias + expert * (2 * inter) + inter, n * COLS, inter, COLS)
             out = activate(gate, up, ACT, act[0], act[1], act[2], HAS_LIMIT)
             out = gl.convert_layout(out.to(h.dtype.element_ty), layout)
             column = n * COLS + cols
@@ -113,8 +125,8 @@ def _consume_up(given, PART: gl.constexpr, PARTS: gl.constexpr, ACT: gl.constexp
 
 @gluon.jit
 def _consume_down(given, PART: gl.constexpr, PARTS: gl.constexpr, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr,
-                  GROUP_M: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    ring, table, slots, row_weights, y, y_stride, span, scale = given
+                  HAS_BIAS: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    ring, table, slots, row_weights, bias, y, y_stride, span, scale = given
     live, n_tiles, columns, K = span
     BN: gl.constexpr = ring[1].shape[1]
     layout: gl.constexpr = store_layout(BN // 2, 16)
@@ -126,7 +138,7 @@ def _consume_down(given, PART: gl.constexpr, PARTS: gl.constexpr, HAS_SLOTS: gl.
     it = 0
     for tile in range(gl.program_id(0), live * n_tiles, gl.num_programs(0)):
         m, n = place(tile, live, n_tiles, GROUP_M)
-        _, start, count = rows_of(m, table, PARTS * ROWS)
+        expert, start, count = rows_of(m, table, PARTS * ROWS)
         if count > PART * ROWS:
             slot = start + rows
             slot_mma = start + rows_mma
@@ -137,6 +149,9 @@ def _consume_down(given, PART: gl.constexpr, PARTS: gl.constexpr, HAS_SLOTS: gl.
             if HAS_WEIGHTS:
                 factor *= gl.load(row_weights + slot_mma, mask=rows_mma < count, other=0.0)
             left, right = _multiply(ring, it, steps, PART, PARTS, STAGES, False)
+            if HAS_BIAS:
+                left += _bias_of(bias + expert * columns, n * BN, columns, BN // 2)
+                right += _bias_of(bias + expert * columns, n * BN + BN // 2, columns, BN // 2)
             line = y + slot.to(gl.int64)[:, None] * y_stride
             column = n * BN + cols
             out = gl.convert_layout((left * factor[:, None]).to(y.dtype.element_ty), layout)
@@ -150,21 +165,21 @@ def _consume_down(given, PART: gl.constexpr, PARTS: gl.constexpr, HAS_SLOTS: gl.
 
 
 @gluon.jit(do_not_specialize=["tiles"])
-def up_kernel(x, x_stride, x_desc, w_desc, h, h_stride, tile_expert, tile_start, ends, slots, tiles, K, inter, alpha,
-              beta, limit, ACT: gl.constexpr, HAS_LIMIT: gl.constexpr, HAS_SLOTS: gl.constexpr, TOP_K: gl.constexpr,
-              EVEN_K: gl.constexpr, PARTS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-              GROUP_M: gl.constexpr):  # fmt: skip
+def up_kernel(x, x_stride, x_desc, w_desc, bias, h, h_stride, tile_expert, tile_start, ends, slots, tiles, K, inter,
+              alpha, beta, limit, ACT: gl.constexpr, HAS_LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr,
+              HAS_SLOTS: gl.constexpr, TOP_K: gl.constexpr, EVEN_K: gl.constexpr, PARTS: gl.constexpr,
+              BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr):  # fmt: skip
     ring = make_ring(w_desc.dtype, PARTS, BN, BK, STAGES, 129 if HAS_SLOTS else 1)
     span = (count_live(tile_expert, tiles), gl.cdiv(inter, BN // 2), inter, K)
     table = (tile_expert, tile_start, ends)
-    given = (ring, table, h, h_stride, span, (alpha, beta, limit))
+    given = (ring, table, bias, h, h_stride, span, (alpha, beta, limit))
     rows = (slots, x, x_stride)
     if PARTS == 2:
         if HAS_SLOTS:
             gl.warp_specialize(
                 [
-                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, GROUP_M, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, GROUP_M, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
                     (
                         produce_gathered,
                         (ring, table, rows, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES, PARTS, True, True),
@@ -176,8 +191,8 @@ def up_kernel(x, x_stride, x_desc, w_desc, h, h_stride, tile_expert, tile_start,
         else:
             gl.warp_specialize(
                 [
-                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, GROUP_M, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, GROUP_M, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
                     (produce_rows, (ring, table, x_desc, w_desc, span, True, GROUP_M, STAGES, PARTS)),
                 ],
                 [4, 4],
@@ -187,9 +202,9 @@ def up_kernel(x, x_stride, x_desc, w_desc, h, h_stride, tile_expert, tile_start,
         if HAS_SLOTS:
             gl.warp_specialize(
                 [
-                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, GROUP_M, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, GROUP_M, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 2, PARTS, ACT, HAS_LIMIT, GROUP_M, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 2, PARTS, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
                     (
                         produce_gathered,
                         (ring, table, rows, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES, PARTS, True, True),
@@ -201,9 +216,9 @@ def up_kernel(x, x_stride, x_desc, w_desc, h, h_stride, tile_expert, tile_start,
         else:
             gl.warp_specialize(
                 [
-                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, GROUP_M, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, GROUP_M, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 2, PARTS, ACT, HAS_LIMIT, GROUP_M, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 2, PARTS, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
                     (produce_rows, (ring, table, x_desc, w_desc, span, True, GROUP_M, STAGES, PARTS)),
                 ],
                 [4, 4, 4],
@@ -212,18 +227,19 @@ def up_kernel(x, x_stride, x_desc, w_desc, h, h_stride, tile_expert, tile_start,
 
 
 @gluon.jit(do_not_specialize=["tiles"])
-def down_kernel(h_desc, w_desc, y, y_stride, tile_expert, tile_start, ends, slots, row_weights, scale, tiles, K,
-                columns, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr, PARTS: gl.constexpr, BN: gl.constexpr,
-                BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr):  # fmt: skip
+def down_kernel(h_desc, w_desc, bias, y, y_stride, tile_expert, tile_start, ends, slots, row_weights, scale, tiles, K,
+                columns, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr, HAS_BIAS: gl.constexpr,
+                PARTS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+                GROUP_M: gl.constexpr):  # fmt: skip
     ring = make_ring(h_desc.dtype, PARTS, BN, BK, STAGES, 1)
     span = (count_live(tile_expert, tiles), gl.cdiv(columns, BN), columns, K)
     table = (tile_expert, tile_start, ends)
-    given = (ring, table, slots, row_weights, y, y_stride, span, scale)
+    given = (ring, table, slots, row_weights, bias, y, y_stride, span, scale)
     if PARTS == 2:
         gl.warp_specialize(
             [
-                (_consume_down, (given, 0, PARTS, HAS_SLOTS, HAS_WEIGHTS, GROUP_M, STAGES)),
-                (_consume_down, (given, 1, PARTS, HAS_SLOTS, HAS_WEIGHTS, GROUP_M, STAGES)),
+                (_consume_down, (given, 0, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, GROUP_M, STAGES)),
+                (_consume_down, (given, 1, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, GROUP_M, STAGES)),
                 (produce_rows, (ring, table, h_desc, w_desc, span, False, GROUP_M, STAGES, PARTS)),
             ],
             [4, 4],
@@ -232,9 +248,9 @@ def down_kernel(h_desc, w_desc, y, y_stride, tile_expert, tile_start, ends, slot
     else:
         gl.warp_specialize(
             [
-                (_consume_down, (given, 0, PARTS, HAS_SLOTS, HAS_WEIGHTS, GROUP_M, STAGES)),
-                (_consume_down, (given, 1, PARTS, HAS_SLOTS, HAS_WEIGHTS, GROUP_M, STAGES)),
-                (_consume_down, (given, 2, PARTS, HAS_SLOTS, HAS_WEIGHTS, GROUP_M, STAGES)),
+                (_consume_down, (given, 0, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, GROUP_M, STAGES)),
+                (_consume_down, (given, 1, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, GROUP_M, STAGES)),
+                (_consume_down, (given, 2, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, GROUP_M, STAGES)),
                 (produce_rows, (ring, table, h_desc, w_desc, span, False, GROUP_M, STAGES, PARTS)),
             ],
             [4, 4, 4],
@@ -242,46 +258,54 @@ def down_kernel(h_desc, w_desc, y, y_stride, tile_expert, tile_start, ends, slot
         )
 
 
-def parts(table: RowTable) -> int:
-    """The consumers that its tiles ask for. Raises ValueError where no kernel has so many."""
-    if table.block_m not in (2 * ROWS.value, 3 * ROWS.value):
-        raise ValueError(f"tiles have 128 or 192 rows, got {table.block_m}")
-    return table.block_m // ROWS.value
+def _height(table: RowTable) -> tuple[int, int]:
+    """The consumers that its tiles ask for, and the slots that fit. Raises ValueError where no kernel has so many."""
+    if table.block_m not in STAGES:
+        raise ValueError(f"tiles have {' or '.join(map(str, STAGES))} rows, got {table.block_m}")
+    return table.block_m // ROWS.value, STAGES[table.block_m]
 
 
 def up_gemm(x: Tensor, w13: Tensor, table: RowTable, h: Tensor, *, top_k: int, act: str = "silu", alpha: float = 1.0,
-            beta: float = 0.0, limit: float | None = None, config: HopperConfig = DEFAULT) -> Tensor:  # fmt: skip
-    """h[p] = act(gate, up) of x[table.slots[p] // top_k] and its expert's rows of w13 [E, 2 * I, H], for live p."""
+            beta: float = 0.0, limit: float | None = None, bias: Tensor | None = None,
+            group_m: int = 8) -> Tensor:  # fmt: skip
+    """h[p] = act(gate, up) of x[table.slots[p] // top_k] and its expert's rows of w13 [E, 2 * I, H], for live p.
+
+    bias: [E, 2 * I], as w13: gate first. Without table.slots x[p] is the row.
+    """
+    parts, stages = _height(table)
     experts, twice, K = w13.shape
     inter = twice // 2
     gathered = table.slots is not None
     if not gathered and top_k != 1:
         raise ValueError(f"without slots there is one row a position, got top_k {top_k}")
-    grid = min(processors(x.device), table.tiles * -(-inter // (config.block_n // 2)))
-    w_desc = descriptor(w13.view(experts * twice, K), config.block_n // 2, config.block_k)
+    grid = min(processors(x.device), table.tiles * -(-inter // (BLOCK_N // 2)))
+    w_desc = descriptor(w13.view(experts * twice, K), BLOCK_N // 2, BLOCK_K)
     up_kernel[(grid,)](
-        x, x.stride(0), w_desc if gathered else descriptor(x, ROWS.value, config.block_k), w_desc, h,
-        h.stride(0), table.tile_expert, table.tile_start, table.ends, table.slots if gathered else table.tile_start,
-        table.tiles, K, inter, float(alpha), float(beta), float(limit or 0.0), ACT=act,
-        HAS_LIMIT=limit is not None, HAS_SLOTS=gathered, TOP_K=top_k, EVEN_K=K % config.block_k == 0,
-        PARTS=parts(table), BN=config.block_n, BK=config.block_k, STAGES=config.stages, GROUP_M=config.group_m,
+        x, x.stride(0), w_desc if gathered else descriptor(x, ROWS.value, BLOCK_K), w_desc,
+        w13 if bias is None else bias, h, h.stride(0), table.tile_expert, table.tile_start, table.ends,
+        table.slots if gathered else table.tile_start, table.tiles, K, inter, float(alpha), float(beta),
+        float(limit or 0.0), ACT=act, HAS_LIMIT=limit is not None, HAS_BIAS=bias is not None, HAS_SLOTS=gathered,
+        TOP_K=top_k, EVEN_K=K % BLOCK_K == 0, PARTS=parts, BN=BLOCK_N, BK=BLOCK_K, STAGES=stages, GROUP_M=group_m,
         num_warps=4,
     )  # fmt: skip
     return h
 
 
 def down_gemm(h: Tensor, w2: Tensor, table: RowTable, y: Tensor, *, row_weights: Tensor | None = None,
-              scale: float = 1.0, config: HopperConfig = DEFAULT) -> Tensor:  # fmt: skip
-    """y[table.slots[p]] = (h[p] times its expert's w2 [E, H, I]) * row_weights[table.slots[p]] * scale, for live p."""
+              factor: float = 1.0, bias: Tensor | None = None, group_m: int = 8) -> Tensor:  # fmt: skip
+    """y[table.slots[p]] = (h[p] times its expert's w2 [E, H, I], plus bias) * row_weights[..] * factor, for live p.
+
+    row_weights: float32 [slots], of slot table.slots[p]; bias: [E, H]. Without table.slots p stands for its slot.
+    """
+    parts, stages = _height(table)
     experts, columns, K = w2.shape
-    grid = min(processors(h.device), table.tiles * -(-columns // config.block_n))
+    grid = min(processors(h.device), table.tiles * -(-columns // BLOCK_N))
     down_kernel[(grid,)](
-        descriptor(h, ROWS.value, config.block_k),
-        descriptor(w2.view(experts * columns, K), config.block_n, config.block_k), y, y.stride(0), table.tile_expert,
-        table.tile_start, table.ends, table.tile_start if table.slots is None else table.slots,
-        table.ends if row_weights is None else row_weights, float(scale), table.tiles, K, columns,
-        HAS_SLOTS=table.slots is not None, HAS_WEIGHTS=row_weights is not None, PARTS=parts(table),
-        BN=config.block_n,
-        BK=config.block_k, STAGES=config.stages, GROUP_M=config.group_m, num_warps=4,
+        descriptor(h, ROWS.value, BLOCK_K),
+        descriptor(w2.view(experts * columns, K), BLOCK_N, BLOCK_K), w2 if bias is None else bias, y, y.stride(0),
+        table.tile_expert, table.tile_start, table.ends, table.tile_start if table.slots is None else table.slots,
+        table.ends if row_weights is None else row_weights, float(factor), table.tiles, K, columns,
+        HAS_SLOTS=table.slots is not None, HAS_WEIGHTS=row_weights is not None, HAS_BIAS=bias is not None, PARTS=parts,
+        BN=BLOCK_N, BK=BLOCK_K, STAGES=stages, GROUP_M=group_m, num_warps=4,
     )  # fmt: skip
     return y

@@ -48,10 +48,8 @@ E2M1_WORDS_FACTOR: tl.constexpr = tl.constexpr(1.8446744073709552e19)
 
 @triton.jit
 def e8m0_for_words(byte):
-    """Scale bytes -> bfloat16 powers of two, as `e2m1_words` wants them. Scales over 2**65 saturate; 255 is NaN."""
-    exponent = tl.minimum(byte.to(tl.int16) + 62, 254)
-    bits = tl.where(byte == 255, 0x7FC0, exponent << 7)
-    return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    """Scale bytes up to 192, which is 2**65 -> bfloat16 powers of two, as `e2m1_words` wants them."""
+    return ((byte.to(tl.int16) + 62) << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
