@@ -214,6 +214,22 @@ def test_poison_and_turns() -> None:
     assert timing.calls_per_replay(15000.0, 2) == 2
 
 
+def test_the_gpu_rests_where_operations_are_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(timing.time, "sleep", slept.append)
+    monkeypatch.setattr(timing, "_microseconds", lambda replay, device: 1000.0)
+    replay = timing.Replay([lambda: torch.zeros(3)] * 2, CPU)
+    timing.take_turns({"a": replay}, CPU, 0.01)
+    assert slept == []
+    rounds = len(timing.take_turns({"a": replay}, CPU, 0.01, rest=True)["a"])
+    assert slept == [pytest.approx(0.006)] * rounds  # three times two calls of a millisecond
+    replay.count = 1000
+    timing.take_turns({"a": replay}, CPU, 0.01, rest=True)
+    assert slept[-1] == timing.MOST_REST
+    assert floors.work(shapes.find("mixtral-8x7b"), "bf16", 16384, 8.0).by_operations
+    assert not floors.work(shapes.find("mixtral-8x7b"), "bf16", 8, 8.0).by_operations
+
+
 def test_summary_and_points_behind() -> None:
     rows = [
         row("tiny", 1, "moe_core triton", 80),

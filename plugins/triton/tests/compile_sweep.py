@@ -91,6 +91,7 @@ def layers(subset: bool) -> Iterator[Layer]:
         yield Layer("bf16", tokens=(1, 512))
         yield Layer("fp8_block128", {"scheme": "fp8_block128"}, tokens=(512,))
         yield Layer("mxfp4", {"scheme": "mxfp4_w4a16", "bias": True, "activation": Activation.swiglu_oai()}, (64, 512))
+        yield Layer("bf16-2056", {"hidden_size": 2056, "intermediate_size": 264}, (512,))
         yield Layer("batched", dispatcher="testing_batched", tokens=(64,))
         return
     for scheme in SCHEMES:
@@ -109,6 +110,7 @@ def layers(subset: bool) -> Iterator[Layer]:
         yield Layer(name, {"activation": Activation(name=name)}, (1, 512))
     yield Layer("limit", {"activation": Activation(limit=7.0)}, (1, 512))
     yield Layer("float32", {"dtype": "float32"}, (1, 64, 2048), limit=2)
+    yield Layer("multiples of 8", {"hidden_size": 2056, "intermediate_size": 264}, (1, 512, 4096))
     yield Layer("small", {"hidden_size": 96, "intermediate_size": 80}, (1, 512))
     yield Layer("top_1-on_input", {"top_k": 1, "router_weight_on_input": True}, (1, 512))
     yield Layer("on_input", {"router_weight_on_input": True}, (1, 512))

@@ -245,6 +245,20 @@ def test_what_was_tuned_with_specialized_kernels_is_kept_apart(write):
     assert make(problem=replace(QWEN, specialized=True), user=user).choose(64).source == "tuned"
 
 
+@pytest.mark.parametrize("tokens", [1024, 16384])
+def test_what_a_user_tuned_without_them_is_kept_unless_much_is_expected(write, tokens):
+    """An ordinary configuration that the model thinks well of, and one that it does not."""
+    problem = Problem(60, 8, 2560, 1536, specialized=True)
+    plain = replace(problem, specialized=False)
+    good = candidates(plain, tokens, H200)[0]
+    assert any(gemm.specialized for gemm in (candidates(problem, tokens, H200)[0].up,))
+    assert make(problem=problem, user=write("good.json", (tokens, good), problem=plain)).choose(tokens).config == good
+    poor = write("poor.json", (tokens, tiles(16)), problem=plain)
+    assert make(problem=problem, user=poor).choose(tokens).source == "model"
+    # Asked for by itself, it is used all the same.
+    assert make(problem=plain, user=poor).choose(tokens).source == "tuned"
+
+
 def test_a_shipped_entry_far_away_is_doubted():
     """Shipped for 256 tokens at most: for 1024 the model's own choice is better."""
     found = Configs(Problem.parse("E128k8H2048I768-gated-bfloat16-bf16"), H200, triton="3.6").choose(1024)

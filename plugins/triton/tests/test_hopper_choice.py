@@ -389,6 +389,20 @@ def test_what_is_not_taken_is_an_error(monkeypatch: Any, launched: Any) -> None:
     assert not launched
 
 
+@pytest.mark.parametrize(
+    ("version", "enough"), [("3.5", False), ("3.6", True), ("3.10", True), ("4.0", True), ("none", False)]
+)
+def test_the_triton_that_they_are_written_for(monkeypatch: Any, version: str, enough: bool) -> None:
+    monkeypatch.setattr(hopper, "triton_version", lambda: version)
+    assert hopper._new_enough() is enough
+
+
+def test_rows_that_overlap_are_not_read_by_a_descriptor() -> None:
+    same = torch.zeros(1, HIDDEN, dtype=torch.bfloat16).expand(TOKENS * TOP_K, HIDDEN)
+    assert not hopper.reads(same, gathered=False)
+    assert hopper.reads(same, gathered=True)
+
+
 def test_where_they_are_available(monkeypatch: Any) -> None:
     device = torch.device("cpu")
     assert hopper.available(device)

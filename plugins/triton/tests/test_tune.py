@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from moe_core_triton.configs import tuning
+from moe_core_triton.configs.candidates import specialized
 from moe_core_triton.configs.checking import dequantized, expected, sample
 from moe_core_triton.configs.compiling import Compilers, Outlined, brief, is_compilers, recipe, small
-from moe_core_triton.configs.config import GemmConfig, LayerConfig
+from moe_core_triton.configs.config import GemmConfig, LayerConfig, Problem
 from moe_core_triton.configs.files import Store
 from moe_core_triton.configs.tuning import Variant, single
 from moe_core_triton.packing import halves
@@ -67,8 +68,6 @@ def untimed(lab: Any, monkeypatch: Any) -> None:
 
 
 def _key(job: Any) -> str:
-    from moe_core_triton.configs.config import Problem
-
     return Problem.of(job.binding).key
 
 
@@ -157,6 +156,14 @@ def test_options_are_right(make_job: Any, untimed: None, changes: dict[str, Any]
         single("down", 16, TILE),
     ):
         assert bench.time(3, variant, 0.0) is not None, told
+
+
+def test_what_would_run_as_something_else_is_not_timed(make_job: Any) -> None:
+    """A specialised configuration here, where only ordinary kernels run: its time would be theirs."""
+    job, told = make_job((3,))
+    tile = specialized(Problem.of(job.binding), 128)
+    assert LayerBench(job).time(3, Variant("layer", LayerConfig("tiles", 128, tile, tile)), 0.0) is None
+    assert "do not take this layer" in told[-1]
 
 
 def test_what_is_wrong_or_fails_is_not_timed(make_job: Any, monkeypatch: Any) -> None:

@@ -1,9 +1,10 @@
 """The warp-specialized kernels for Hopper: when a product is theirs, and their launch.
 
-They exist for exactly sm_90 and are written in Gluon, which may change between versions of Triton. There they are the
-default for the layers of `configs.specialized`, because they are the fastest from 1024 tokens on; the option
-`specialized` of the runner set to false turns them off. Everybody else's configurations are ordinary ones, and
-`LayerConfig.plain` serves a call that a specialized kernel does not compute.
+They exist for exactly sm_90 and are written in Gluon, which changes between versions of Triton: these are for 3.6 and
+later. There they are the default for the layers of `configs.specialized`: a configuration names them where they are the
+fastest, from some hundred tokens a call on. The option `specialized` of the runner set to false turns them off.
+Everybody else's configurations are ordinary ones, and `LayerConfig.plain` serves a call that a specialized kernel does
+not compute.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_core_triton.configs.config import GemmConfig
+from moe_core_triton.configs.files import triton_version
 from moe_core_triton.configs.specialized import HEIGHTS, STEPS
 from moe_core_triton.kernels.launching import is_exactly_hopper
 from moe_core_triton.row_table import RowTable
@@ -23,13 +25,23 @@ from moe_core_triton.weights import Projection
 if TYPE_CHECKING:
     from moe_core_triton.products import Epilogue, Rows
 
+#: Before it, `gl.warp_specialize` took other arguments.
+LEAST_TRITON = (3, 6)
 #: How weights may be packed for them.
 PACKS = ("", "mxfp4_words")
+
+
+def _new_enough() -> bool:
+    """Whether Triton's version is one that they are written for."""
+    parts = triton_version().split(".")
+    return all(part.isdecimal() for part in parts) and tuple(map(int, parts)) >= LEAST_TRITON
 
 
 @lru_cache(maxsize=1)
 def _kernels() -> Any:
     """Their modules (16 bits, fp8, mxfp4), or None with this Triton."""
+    if not _new_enough():
+        return None
     try:
         from moe_core_triton.kernels import hopper_fp8, hopper_gemm, hopper_mxfp4
     except (ImportError, AttributeError, TypeError):
@@ -43,9 +55,9 @@ def available(device: torch.device) -> bool:
 
 
 def reads(data: Tensor, *, gathered: bool) -> bool:
-    """Whether they can read these rows: in steps of 16 bytes, and gathered ones at offsets of 32 bits."""
+    """Whether they can read these rows: in steps of 16 bytes; gathered ones at 32-bit offsets, others one by one."""
     aligned = data.stride(0) * data.element_size() % 16 == 0 and data.data_ptr() % 16 == 0
-    return aligned and not (gathered and data.shape[0] * data.stride(0) >= 1 << 31)
+    return aligned and (data.shape[0] * data.stride(0) < 1 << 31 if gathered else data.stride(0) >= data.shape[1])
 
 
 def wide(data: Tensor) -> Rows:

@@ -173,6 +173,8 @@ class LayerBench:
         call = self._layer.prepare(rows, self._weights, state)
         if config.path == "tiny" and call.table is not None:
             raise MoeCoreError("the tiny path does not take this layer")
+        if config.path == "tiles" and call.config != config:
+            raise MoeCoreError("the specialized kernels do not take this layer")
         return self._layer.finish(self._layer.compute(call, self._weights, state), state)
 
     def _layer_calls(self, variant: Variant) -> list[Callable[[], Tensor]]:

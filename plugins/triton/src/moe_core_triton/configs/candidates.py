@@ -101,7 +101,8 @@ def gemm_why_not(problem: Problem, part: str, gemm: GemmConfig, block_m: int, de
     two_blocks = rows == 256 and not gated and n % 256 == 0
     if problem.scheme == "fp8_block128" and 128 % rows and not two_blocks:
         return "a tile of more than one scale block of rows"
-    if gemm.tma and (not device.descriptors or tiny or k * traits.weight_bytes % 16):
+    stored = 16 if traits.swap_only else k * traits.weight_bytes  # packed rows are padded to whole steps
+    if gemm.tma and (not device.descriptors or tiny or stored % 16):
         return "no tensor descriptor for these weights here"
     held = model.accumulators(problem, part, gemm, block_m, device)
     if tiny:

@@ -19,7 +19,7 @@ TILES: Final[dict[str, dict[int, tuple[int, int, int]]]] = {
 }
 HEIGHTS: Final = {scheme: tuple(tiles) for scheme, tiles in TILES.items()}
 #: The smallest size that is worth a tile of theirs.
-LEAST: Final = 128
+LEAST: Final = 256
 
 
 def computes(config: Any, intermediate: int) -> bool:

@@ -138,8 +138,7 @@ class Configs:
                 if source == wanted and fits and key in table:
                     entry = self._nearest(table[key], self.local(tokens), self.problem, tokens, tiny)
                     borrowed = key != self.problem.key
-                    sure = source == "tuned" and not borrowed
-                    if entry is not None and (sure or not self._doubted(entry, table[key], tokens, tiny, borrowed)):
+                    if entry is not None and not self._doubted(entry, table[key], tokens, tiny, source, borrowed):
                         return Choice(entry.config, source, f"{label} (Triton {where.triton})", entry)
         return None
 
@@ -148,20 +147,23 @@ class Configs:
         """Whose entries are this problem's: its own, then those that need no specialized kernels."""
         return tuple(dict.fromkeys((self.problem.key, replace(self.problem, specialized=False).key)))
 
-    def _doubted(self, entry: Entry, row: Mapping[int, Entry], tokens: int, tiny: bool, borrowed: bool) -> bool:
+    def _doubted(
+        self, entry: Entry, row: Mapping[int, Entry], tokens: int, tiny: bool, source: str, borrowed: bool
+    ) -> bool:
         """Whether the model expects its own choice to be faster, and the entry was tuned for another number of tokens
-        or, borrowed, without the specialized kernels that the model chooses."""
-        local = self.local(tokens)
+        or, borrowed, without the specialized kernels that the model chooses. What a user tuned is doubted only then,
+        and where much is expected."""
+        local, tuned = self.local(tokens), source == "tuned"
         apart = _apart(row, entry, local)
-        if apart < NEAR and not borrowed:
+        if not borrowed and (tuned or apart < NEAR):
             return False
         call = tokens if tiny else max(tokens, TINY_POSITIONS + 1)
         best = candidates(self.problem, local, self.device, limit=1, call_tokens=call)[0]
         mine = model.seconds(self.problem, entry.config, local, self.device)
         least = model.seconds(self.problem, best, local, self.device)
         if borrowed and (best.up.specialized or best.down.specialized):
-            return mine > least
-        return apart >= NEAR and mine > _limit(apart) * least
+            return mine > (DOUBT if tuned else 1.0) * least
+        return not tuned and apart >= NEAR and mine > _limit(apart) * least
 
     def _neighbor(self, tokens: int, best: LayerConfig, tiny: bool) -> Choice | None:
         """The nearest measured problem whose configuration is legal here, and which the model does not doubt."""

@@ -9,9 +9,10 @@ barrier passes. So a consumer is at most `stages` slots behind the other, and ma
 A consumer whose rows of a tile do not exist only passes the slots on: the others then have the tensor cores alone,
 and nobody fetches those rows.
 
-Every barrier that is made here is waited on to the end. One that is not must not be made: the compiler reuses its
-memory for the epilogue's tiles, and a GPU that changes over to another process and back restores the barrier's word
-over what lies there by then (seen on an H200: eight bytes of a tile, in one run of three with eight processes).
+Every barrier that is made here is used by the partitions, so its memory is its own as long as they run. One that is not
+must not be made: the compiler gives its memory to the epilogue's tiles, which PTX forbids without mbarrier.inval. With
+eight processes on one H200, the word of such a barrier was found in eight bytes of a tile, in 5 to 100 per cent of the
+launches; never with one process. A GPU that comes back to an interrupted kernel seems to put its barriers back.
 """
 
 from __future__ import annotations
@@ -117,6 +118,9 @@ def produce_gathered(ring, table, given, w_desc, span, TOP_K: gl.constexpr, EVEN
     BK: gl.constexpr = a_ring.shape[2]
     BYTES: gl.constexpr = w_desc.dtype.primitive_bitwidth // 8
     VEC: gl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    # Both are such multiples already. Triton knows of a divisor of an argument only where it is 16, and would copy
+    # two bytes at a time, which does not compile.
+    x_stride, K = x_stride // VEC * VEC, K // VEC * VEC
     layout: gl.constexpr = gl.BlockedLayout([1, VEC], [32 * VEC // BK, BK // VEC], [gl.num_warps(), 1], [1, 0])
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     cols = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))

@@ -52,9 +52,9 @@ STAGES = 4
 @gluon.jit
 def _multiply(ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART: gl.constexpr, STAGES: gl.constexpr,
               GATHERED: gl.constexpr):  # fmt: skip
-    """The two halves of the columns of a consumer's half of a tile: [BM / 2, BN / 2] each, in float32, scaled.
+    """The two halves of the columns of a consumer's half of a tile: [64, BN / 2] each, in float32, scaled.
 
-    x_row: offsets [BM / 2] of the rows' first scales; w_row, w_row_2: those of the two halves of the columns.
+    x_row: offsets [64] of the rows' first scales; w_row, w_row_2: those of the two halves of the columns.
     """
     a_ring, b_ring, full, empty = ring
     COLS: gl.constexpr = b_ring.shape[1] // 2
