@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from moe_core_triton import weights as preparing
+from moe_core_triton.kernels.unpack import int4, int8
 from moe_core_triton.packing import halves, pack_width, pad_groups
 
 from moe_core import CanonicalWeights, MoeConfig
@@ -142,3 +145,28 @@ def test_words_only_where_their_instructions_are(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(preparing, "is_nvidia", lambda device: True)
     binding.dtype = torch.float16
     assert preparing.prepare(weights, binding).up.pack == "mxfp4"
+
+
+@triton.jit
+def _integers(codes, bytes_, four, eight, DTYPE: tl.constexpr):
+    i = tl.arange(0, 256)
+    tl.store(four + i, int4(tl.load(codes + i), DTYPE))
+    tl.store(eight + i, int8(tl.load(bytes_ + i), DTYPE))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_integers_without_the_conversion_instruction(lab: Any, dtype: str) -> None:
+    if dtype not in lab.dtypes:
+        pytest.skip(f"no {dtype} in the interpreter")
+    codes = (torch.arange(256) % 16).to(torch.uint8).to(lab.device)
+    numbers = torch.arange(-128, 128).to(torch.int8).to(lab.device)
+    four, eight = (torch.empty(256, dtype=getattr(torch, dtype), device=lab.device) for _ in range(2))
+    _integers[(1,)](codes, numbers, four, eight, DTYPE=getattr(tl, dtype))
+    assert torch.equal(four.float(), codes.float() - 8)
+    assert torch.equal(eight.float(), numbers.float())
+
+
+def test_the_bits_of_integers_in_bfloat16() -> None:
+    """What `kernels.unpack.int4` does, where the interpreter has no bfloat16."""
+    codes = torch.arange(16, dtype=torch.int16)
+    assert torch.equal((codes | 0x4300).view(torch.bfloat16) - 136, (codes - 8).bfloat16())

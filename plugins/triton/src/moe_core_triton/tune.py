@@ -95,7 +95,7 @@ class LayerBench:
         self._sound: LayerConfig | None = None
         self._whole: Tensor | None = None
         self._calls: dict[int, list[Call]] = {}
-        self._hidden: dict[int, list[Rows]] = {}
+        self._hidden: dict[tuple[int, bool], list[Rows]] = {}
         self._plain: list[Tensor] = []
         self._parts: dict[str, Tensor] = {}
 

@@ -221,9 +221,9 @@ class Point:
                 ranked = [[variant.gemm for variant in self._ranked(part, block_m)] for part in PARTS]
                 # The best of each; where they may not be together, the best of either kind.
                 for kinds in ((True, False), (True,), (False,)):
-                    best = [next((g for g in gemms if g.specialized in kinds), None) for gemms in ranked]
-                    if all(best):
-                        found.append(LayerConfig("tiles", block_m, *best))
+                    up, down = (next((g for g in gemms if g.specialized in kinds), None) for gemms in ranked)
+                    if up is not None and down is not None:
+                        found.append(LayerConfig("tiles", block_m, up, down))
                         if len(kinds) == 2 and self.legal(found[-1]):
                             break
         return [Variant("layer", config) for config in found if self.legal(config)]

@@ -16,7 +16,7 @@ import triton.language as tl
 from moe_core_triton.kernels.activation import activate, activate_plain
 from moe_core_triton.kernels.launching import wait_for_inputs
 from moe_core_triton.kernels.quantize import encode, magnitude_bits, scale_of
-from moe_core_triton.kernels.unpack import e2m1, e8m0
+from moe_core_triton.kernels.unpack import e2m1, e8m0, int4, int8
 
 
 @triton.jit
@@ -100,6 +100,7 @@ def lane_products(
             c = k0 + tl.arange(0, WIDTH)
             mask = live[:, None] & (c < k)[None, :]
             weights = tl.load(w + row_items[:, :, None] + c[None, None, :], mask=mask[None, :, :], other=0.0)
+            weights = int8(weights, tl.float32) if weights.dtype == tl.int8 else weights.to(tl.float32)
             v = tl.load(x_rows[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
             v = quantized(v, QUANT, NATIVE, x_scale, LANES, WIDTH)
             if W_SCALE == "block":
@@ -107,9 +108,9 @@ def lane_products(
                 block = tl.minimum(k0 // 128 + tl.arange(0, BLOCKS), scales_a_row - 1)
                 s = tl.load(w_scale + row_scale_items[:, :, None] + block[None, None, :])
                 s = tl.broadcast_to(s[:, :, :, None], (ROWS, LANES, BLOCKS, 128)).reshape(ROWS, LANES, WIDTH)
-                acc += weights.to(tl.float32) * s * v[None, :, :]
+                acc += weights * s * v[None, :, :]
             else:
-                acc += weights.to(tl.float32) * v[None, :, :]
+                acc += weights * v[None, :, :]
         else:
             GROUPS: tl.constexpr = PACK_HALF // W_GROUP if PACK_HALF > W_GROUP else 1
             BLOCKS: tl.constexpr = ITEMS // PACK_HALF
@@ -132,9 +133,9 @@ def lane_products(
                     value = e2m1(code, tl.float32)
                 else:
                     s = tl.load(w_scale + at)
-                    value = code.to(tl.float32) - 8.0
+                    value = int4(code, tl.float32)
                     if HAS_ZERO:
-                        z = tl.load(w_zero + at).to(tl.float32) - 8.0
+                        z = int4(tl.load(w_zero + at), tl.float32)
                         value -= tl.broadcast_to(z[:, :, :, None], (ROWS, LANES, SPANS, SPAN)).reshape(
                             ROWS, LANES, ITEMS
                         )

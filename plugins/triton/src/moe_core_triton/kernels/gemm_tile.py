@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_core_triton.kernels.unpack import e2m1, e2m1_words, e8m0, e8m0_for_words
+from moe_core_triton.kernels.unpack import e2m1, e2m1_words, e8m0, e8m0_for_words, int4, int8
 
 
 @triton.jit
@@ -194,7 +194,9 @@ def accumulate(
         for k0 in tl.range(0, k, BLOCK_K):
             tile = load_weights(w, expert, n_block, rows, k0, n_part, k_stored, BLOCK_N, BLOCK_K, PARTS, TMA, EVEN_K)
             a = load_rows(x, live, k0, k, BLOCK_K, EVEN_K)
-            if tile.dtype != a.dtype:
+            if tile.dtype == tl.int8 and a.dtype != tl.int8:
+                tile = int8(tile, a.dtype)
+            elif tile.dtype != a.dtype:
                 tile = tile.to(a.dtype)
             acc = product(a, tile, acc, SWAP)
     elif PACK == "mxfp4_words":
@@ -238,9 +240,9 @@ def accumulate(
                         value = e2m1(code, a.dtype)
                     elif HAS_ZERO:
                         zero = tl.load(w_zero + rows * stride_ws + group)[:, None]
-                        value = (code.to(tl.int16) - zero.to(tl.int16)).to(a.dtype)
+                        value = int4(code, a.dtype) - int4(zero, a.dtype)
                     else:
-                        value = (code.to(tl.int16) - 8).to(a.dtype)
+                        value = int4(code, a.dtype)
                     part = product(a, value, tl.zeros_like(acc), SWAP)
                     acc += part * along_weights(scale, SWAP)
     return acc

@@ -12,6 +12,32 @@ import triton.language as tl
 
 
 @triton.jit
+def int4(code, DTYPE: tl.constexpr):
+    """Codes 0..15 (uint8) less 8 in DTYPE, exactly.
+
+    The bits go into the mantissa of a power of two whose last place is 1, and that power plus 8 is subtracted. The
+    conversion instruction runs at a quarter of the rate, and takes three times the permutations around it.
+    """
+    if tl.bfloat16 == DTYPE:
+        return (code.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - tl.full((), 136, tl.bfloat16)
+    elif tl.float16 == DTYPE:
+        return (code.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - tl.full((), 1032, tl.float16)
+    else:
+        return (code.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - tl.full((), 8388616, tl.float32)
+
+
+@triton.jit
+def int8(code, DTYPE: tl.constexpr):
+    """int8 numbers in DTYPE, exactly; in the way of `int4`. bfloat16's mantissa is too short: by float32."""
+    code = code.to(tl.uint8, bitcast=True) ^ 0x80
+    if tl.float16 == DTYPE:
+        return (code.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - tl.full((), 1152, tl.float16)
+    else:
+        value = (code.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - tl.full((), 8388736, tl.float32)
+        return value.to(DTYPE)
+
+
+@triton.jit
 def e2m1(code, DTYPE: tl.constexpr):
     """Codes 0..15 (uint8) -> their values in DTYPE, exactly.
 
