@@ -12,7 +12,6 @@ import torch
 from moe_core_triton import hopper, products
 from moe_core_triton.configs.config import GemmConfig
 from moe_core_triton.configs.specialized import HEIGHTS
-from moe_core_triton.kernels.hopper_unpack import wide_order
 from moe_core_triton.products import Epilogue, Rows
 from moe_core_triton.row_table import RowTable
 from moe_core_triton.weights import Projection
@@ -360,24 +359,6 @@ def test_ordinary_kernels_refuse_another_order_of_columns(make: Any) -> None:
     for config in (GemmConfig(64, 128, 2, 3, True, True), GemmConfig(64, 128, 4, 5, False, True)):
         with pytest.raises(ValueError, match="natural order"):
             products.grouped_product(rows, one.w, one.table, one.out, one.epilogue, config, prefetch=False)
-
-
-#: Places of sixteen columns in `wide_order`.
-WIDE = (0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)
-
-
-@pytest.mark.parametrize(("tokens", "width"), [(1, 16), (5, 96), (3, 2 * 1024 + 48)])
-@pytest.mark.parametrize("more", [0, 8])
-def test_wide_order(lab: Any, tokens: int, width: int, more: int) -> None:
-    """Of rows side by side, and of rows with something between them."""
-    x = torch.randn(tokens, width + more).half().to(lab.device)[:, :width]
-    found = wide_order(x)
-    assert found.is_contiguous()
-    assert torch.equal(found, x.unflatten(1, (-1, 16))[:, :, WIDE].flatten(1))
-    assert torch.equal(hopper.natural(found), x)
-    rows = hopper.wide(x)
-    assert (rows.kind, rows.scale, rows.divisor) == ("wide", None, 0)
-    assert torch.equal(rows.data, found)
 
 
 def test_what_is_not_taken_is_an_error(monkeypatch: Any, launched: Any) -> None:

@@ -60,12 +60,20 @@ def reads(data: Tensor, *, gathered: bool) -> bool:
     return aligned and (data.shape[0] * data.stride(0) < 1 << 31 if gathered else data.stride(0) >= data.shape[1])
 
 
-def wide(data: Tensor) -> Rows:
-    """Rows [.., K] in the order of K that the kernels for packed weights read."""
+@lru_cache(maxsize=1)
+def _ordering() -> Any:
+    """What `wide` calls; imported once, since modules import this one."""
     from moe_core_triton.kernels.hopper_unpack import wide_order
     from moe_core_triton.products import Rows
 
-    return Rows(wide_order(data), kind="wide")
+    return wide_order, Rows
+
+
+def wide(data: Tensor) -> Rows:
+    """Rows [.., K] in the order of K that the kernels for packed weights read."""
+    wide_order, rows = _ordering()
+    made: Rows = rows(wide_order(data), kind="wide")
+    return made
 
 
 def natural(data: Tensor) -> Tensor:

@@ -58,6 +58,18 @@ def rows_of(m, table, BM: gl.constexpr):
 
 
 @gluon.jit
+def make_barriers(STAGES: gl.constexpr, FULL: gl.constexpr, EMPTY: gl.constexpr):
+    """(full, empty), a barrier a slot; so many arrivals complete them."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=FULL)
+        mbarrier.init(empty.index(stage), count=EMPTY)
+    fence_async_shared()
+    return full, empty
+
+
+@gluon.jit
 def make_ring(dtype: gl.constexpr, PARTS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
               FULL: gl.constexpr):  # fmt: skip
     """The slots and their barriers; FULL arrivals fill a slot, one of each consumer empties it.
@@ -68,12 +80,7 @@ def make_ring(dtype: gl.constexpr, PARTS: gl.constexpr, BN: gl.constexpr, BK: gl
     b_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BK], dtype)
     a_ring = gl.allocate_shared_memory(dtype, [STAGES * PARTS, ROWS, BK], a_layout)
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], b_layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=FULL)
-        mbarrier.init(empty.index(stage), count=PARTS)
-    fence_async_shared()
+    full, empty = make_barriers(STAGES, FULL, PARTS)
     return a_ring, b_ring, full, empty
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
-from moe_core_triton.kernels.hopper_common import copy_rows, place, rows_from, rows_of
+from moe_core_triton.kernels.hopper_common import copy_rows, make_barriers, place, rows_from, rows_of
 from moe_core_triton.kernels.hopper_unpack import HALF
 
 
@@ -22,12 +22,7 @@ def make_ring(BM: gl.constexpr, PARTS: gl.constexpr, BLOCKS: gl.constexpr, STAGE
         more = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, BM - FIRST, HALF], layout)
     w_layout: gl.constexpr = gl.NVMMASharedLayout(64, 8, 2)
     w_ring = gl.allocate_shared_memory(gl.uint8, [STAGES * 2, 32 * PARTS * BLOCKS, HALF], w_layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=FULL)
-        mbarrier.init(empty.index(stage), count=PARTS)
-    fence_async_shared()
+    full, empty = make_barriers(STAGES, FULL, PARTS)
     return tokens, more, w_ring, full, empty
 
 

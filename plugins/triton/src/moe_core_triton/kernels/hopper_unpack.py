@@ -16,6 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from moe_core_triton.kernels.hopper_common import acc_layout
+from moe_core_triton.kernels.unpack import e2m1_assembly
 
 #: K elements of half a step, and bytes of a row of weights in a step.
 HALF = gl.constexpr(64)
@@ -39,6 +40,10 @@ def wide_order(x: Tensor) -> Tensor:
     return out
 
 
+#: A tile of scales in 32 bits, each there twice, has four equal registers a word and half.
+TWICE: gl.constexpr = e2m1_assembly("$5", "$5", "$9", "$9")
+
+
 @gluon.constexpr_function
 def code_layout(rows):
     """Bytes [rows, 64] of weights as a warpgroup feeds them to the tensor cores: 64 rows, or 32 each of two tiles."""
@@ -54,27 +59,7 @@ def _unpacked(codes, low_power, high_power):
     The unpacking of `unpack.e2m1_words`, over E2M1_WORDS_FACTOR; a scale comes twice in 32 bits.
     """
     return gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 a, b, c, d, t, z;
-        and.b32 a, $4, 0x81C081C0;
-        shl.b32 b, $4, 3;
-        and.b32 b, b, 0x81C081C0;
-        shl.b32 c, $4, 6;
-        and.b32 c, c, 0x01C001C0;
-        shl.b32 t, $4, 1;
-        lop3.b32 c, t, 0x80008000, c, 0xEA;
-        shr.u32 d, $4, 3;
-        and.b32 d, d, 0x01C001C0;
-        shl.b32 t, $4, 2;
-        lop3.b32 d, t, 0x80008000, d, 0xEA;
-        mov.b32 z, 0x80008000;
-        fma.rn.bf16x2 $0, a, $5, z;
-        fma.rn.bf16x2 $1, b, $5, z;
-        fma.rn.bf16x2 $2, c, $9, z;
-        fma.rn.bf16x2 $3, d, $9, z;
-        }
-        """,
+        TWICE,
         "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
         [codes, low_power, high_power],
         dtype=(gl.bfloat16, gl.bfloat16),

@@ -68,6 +68,33 @@ def e8m0(byte, DTYPE: tl.constexpr):
     return bits.to(tl.float32, bitcast=True).to(DTYPE)
 
 
+def e2m1_assembly(*scales: str) -> tl.constexpr:
+    """PTX that makes four registers ($0 to $3) of two bfloat16 each of a word ($4), times one of `scales` each."""
+    products = "\n".join(f"fma.rn.bf16x2 ${i}, {'abcd'[i]}, {scale}, z;" for i, scale in enumerate(scales))
+    return tl.constexpr(
+        f"""
+        {{
+        .reg .b32 a, b, c, d, t, z;
+        and.b32 a, $4, 0x81C081C0;
+        shl.b32 b, $4, 3;
+        and.b32 b, b, 0x81C081C0;
+        shl.b32 c, $4, 6;
+        and.b32 c, c, 0x01C001C0;
+        shl.b32 t, $4, 1;
+        lop3.b32 c, t, 0x80008000, c, 0xEA;
+        shr.u32 d, $4, 3;
+        and.b32 d, d, 0x01C001C0;
+        shl.b32 t, $4, 2;
+        lop3.b32 d, t, 0x80008000, d, 0xEA;
+        mov.b32 z, 0x80008000;
+        {products}
+        }}
+        """
+    )
+
+
+#: A tile of bfloat16 scales has two registers a word for the low half, and two for the high one.
+E2M1_WORDS: tl.constexpr = e2m1_assembly("$5", "$6", "$7", "$8")
 #: `e2m1_words` leaves its results this factor too small: the bits' 2**-126 and the scale's bias make 2**64 together.
 E2M1_WORDS_FACTOR: tl.constexpr = tl.constexpr(1.8446744073709552e19)
 
@@ -87,27 +114,7 @@ def e2m1_words(tile, low_scale, high_scale):
     integer operations and half a multiplication an element; spreading nibbles over 16-bit lanes would take 2.
     """
     return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 a, b, c, d, t, z;
-        and.b32 a, $4, 0x81C081C0;
-        shl.b32 b, $4, 3;
-        and.b32 b, b, 0x81C081C0;
-        shl.b32 c, $4, 6;
-        and.b32 c, c, 0x01C001C0;
-        shl.b32 t, $4, 1;
-        lop3.b32 c, t, 0x80008000, c, 0xEA;
-        shr.u32 d, $4, 3;
-        and.b32 d, d, 0x01C001C0;
-        shl.b32 t, $4, 2;
-        lop3.b32 d, t, 0x80008000, d, 0xEA;
-        mov.b32 z, 0x80008000;
-        fma.rn.bf16x2 $0, a, $5, z;
-        fma.rn.bf16x2 $1, b, $6, z;
-        fma.rn.bf16x2 $2, c, $7, z;
-        fma.rn.bf16x2 $3, d, $8, z;
-        }
-        """,
+        E2M1_WORDS,
         "=&r,=&r,=&r,=&r,r,r,r,r,r",
         [tile, low_scale, high_scale],
         dtype=(tl.bfloat16, tl.bfloat16),
