@@ -42,6 +42,8 @@ VARIANTS = {
     "fp8group": Variant((16, 16), fp8=True, only=SHORT),
     "fp8pre": Variant(fp8=True, pre=True, only=SHORT),
     "base": Variant(),
+    "base16": Variant((16, 16)),
+    "base4": Variant((4, 4), only=SHORT),
     "192": Variant(block_m=192),
     "group": Variant((16, 4), only=SHORT),
     "192group": Variant((4, 16), block_m=192, only=SHORT),
@@ -125,7 +127,8 @@ def routed(shape, block_m):
     table = RowTable(
         positions=T * top_k, block_m=block_m, starts=starts.to(torch.int32), ends=ends.to(torch.int32),
         tile_expert=torch.tensor(expert_of + [-1] * pad, dtype=torch.int32, **device),
-        tile_start=torch.tensor(start_of + [0] * pad, dtype=torch.int32, **device), slots=slots,
+        tile_start=torch.tensor(start_of + [0] * pad, dtype=torch.int32, **device),
+        ticket=torch.zeros(1, dtype=torch.int32, **device), slots=slots,
     )  # fmt: skip
     return table, live
 

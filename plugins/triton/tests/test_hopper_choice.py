@@ -59,7 +59,8 @@ def launched(monkeypatch: Any) -> list[tuple[str, tuple[Any, ...], dict[str, Any
 def table(*, slots: bool = True, block_m: int = 128) -> RowTable:
     whole = torch.zeros(TOKENS * TOP_K, dtype=torch.int32)
     few = torch.zeros(EXPERTS, dtype=torch.int32)
-    return RowTable(TOKENS * TOP_K, block_m, few, few, few, few, whole if slots else None, whole if slots else None)
+    by_slot = whole if slots else None
+    return RowTable(TOKENS * TOP_K, block_m, few, few, few, few, few, by_slot, by_slot)
 
 
 def up(

@@ -12,7 +12,7 @@ from moe_core.protocols import RunningState
 from moe_core_triton.calls import Call, ExpertRows
 from moe_core_triton.configs.config import GemmConfig
 from moe_core_triton.kernels.decode import decode_down, decode_up
-from moe_core_triton.kernels.launching import dependent_launch, is_hopper_or_newer
+from moe_core_triton.kernels.launching import dependent_launch, early_bytes, is_hopper_or_newer
 from moe_core_triton.weights import Projection, TritonWeights
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ def _down(
 ) -> None:
     given, launch = _arguments(down, config, layer.payload), dependent_launch(hidden)
     summed = ids.shape[1] if layer.sums else 1
-    results = ids.numel() // summed
-    decode_down[(triton.cdiv(down.n, given["ROWS"]), results)](
+    results, blocks = ids.numel() // summed, triton.cdiv(down.n, given["ROWS"])
+    decode_down[(blocks, results)](
         hidden,
         down.data,
         down.scale,
@@ -133,6 +133,7 @@ def _down(
         down.data.shape[2],
         out.stride(-2),
         down.scale_stride,
+        early_bytes(out.device) // max(1, down.n * ids.numel()) if launch["PDL"] else 0,
         TOP_K=summed,
         LANES=triton.next_power_of_2(summed),
         WEIGH=layer.weigh,

@@ -12,7 +12,7 @@ from moe_core.config import Activation
 from moe_core_triton import hopper
 from moe_core_triton.configs.config import GemmConfig
 from moe_core_triton.kernels.gemm import grouped_gemm
-from moe_core_triton.kernels.launching import dependent_launch, is_hopper_or_newer, processors
+from moe_core_triton.kernels.launching import dependent_launch, early_bytes, is_hopper_or_newer, processors
 from moe_core_triton.row_table import RowTable
 from moe_core_triton.weights import Projection
 
@@ -91,6 +91,8 @@ def grouped_product(
     x_scale, x_kind = rows.scale, rows.kind
     stride_xs = 0 if x_scale is None or x_scale.numel() == 1 else x_scale.stride(0)
     launch = dependent_launch(out)
+    # Programs that may be there before their inputs are, and what each asks of a row of its first tile.
+    early = min(grid, 2 * processors(out.device)) if prefetch and launch["PDL"] else 0
     grouped_gemm[(grid,)](
         rows.data,
         x_scale,
@@ -118,6 +120,7 @@ def grouped_product(
         stride_xs,
         out.stride(0),
         w.scale_stride,
+        early_bytes(out.device) // (early * config.block_n) if early else 0,
         TOP_K=rows.divisor,
         SCATTER=epilogue.scatter,
         PARTS=w.parts,
@@ -142,7 +145,7 @@ def grouped_product(
         NATIVE=is_hopper_or_newer(out.device),
         PERSISTENT=config.persistent,
         TILES_POW2=triton.next_power_of_2(table.tiles) if config.persistent else 1,
-        PREFETCH=2 * processors(out.device) if prefetch and launch["PDL"] else 0,
+        PREFETCH=2 * processors(out.device) if early else 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **launch,

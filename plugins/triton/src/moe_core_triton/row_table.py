@@ -15,6 +15,7 @@ class RowTable:
     owns positions starts[e] to ends[e]. tile_expert, tile_start: int32 [tiles], ascending; the unused tail has expert
     -1. tiles is a host bound too. slots: int32 [positions], the slot t * K + k of a position, or None where positions
     are the rows of the input itself. local_ids: int32 [T * K], the local expert of a slot or -1 (None without slots).
+    ticket: int32 [1], zero between kernels: who computes which tile is drawn there.
     """
 
     positions: int
@@ -23,8 +24,14 @@ class RowTable:
     ends: Tensor
     tile_expert: Tensor
     tile_start: Tensor
+    ticket: Tensor
     slots: Tensor | None = None
     local_ids: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What a kernel needs that draws its tiles."""
+        return self.tile_expert, self.tile_start, self.starts, self.ends, self.ticket
 
     @property
     def tiles(self) -> int:

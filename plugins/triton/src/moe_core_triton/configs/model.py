@@ -59,9 +59,9 @@ class Constants:
     tiny_bytes: float = 1.4
     tiny_staged: float = 1.8
     #: The warp-specialized kernels over the plain ones of their tile: with nothing for a second accumulation, and in 16
-    #: bits (717 us instead of 822, 308 instead of 410, 2462 instead of 3032), with two and with three consumers.
+    #: bits (581 us instead of 658, 4020 instead of 4670), with two and with three consumers.
     specialized: float = 1.05
-    half: float = 0.88
+    half: float = 0.86
     three: float = 1.04
     #: Unpacking a step of 128 of K in 256 rows of weights: the packed ones of them do it beside nothing.
     packed_step: float = 0.6e-6

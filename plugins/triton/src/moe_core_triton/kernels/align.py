@@ -2,8 +2,8 @@
 
 Every program knows the whole histogram, so none waits for another and no atomic is used: the order within an expert
 is that of the slots, on every run. Below `ONE_LAUNCH` slots each program counts all ids itself (they sit in the L2);
-above, a first kernel leaves one histogram a chunk. The rank of a slot in its piece of 128 comes from comparing all
-pairs, which is cheaper than any scan of that size.
+above, a first kernel leaves one histogram a chunk, and a second one sums them up. The rank of a slot in its piece of
+128 comes from comparing all pairs, which is cheaper than any scan of that size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from moe_core_triton.row_table import RowTable, most_tiles
 
 ONE_LAUNCH = 2048  # slots up to which recounting all ids in every program beats a second launch (H200: 7.7 us against
 # 8.9 at 8192 slots and 128 experts, 8.4 against 12.9 at 256 experts)
-MOST_PROGRAMS = 128  # of the two-launch form: each reads a histogram from every other
+MOST_PROGRAMS = 1024  # of the three-launch form
+CHUNKS, EXPERTS = 512, 8  # histograms summed up at a time, and experts a program of that
 PIECE = 128  # slots ranked together, and threads a program: 128 x 128 pairs are 128 comparisons a thread
 SCAN = 1024  # ids counted at a time
 TILE_ROWS = 16  # tiles looked up at a time
@@ -91,9 +92,24 @@ def _count_chunks(
     tl.store(counts + pid * EB + tl.arange(0, EB), total)
 
 
+@triton.jit(do_not_specialize=["chunks"])
+def _scan_chunks(counts, chunks, EB: tl.constexpr, CHUNKS: tl.constexpr, EXPERTS: tl.constexpr, PDL: tl.constexpr):
+    """counts [chunks + 1, EB]: each histogram becomes the sum of those before it; the last row is the sum of all."""
+    wait_for_inputs(PDL)
+    e = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
+    total = tl.zeros((EXPERTS,), tl.int32)
+    for at in range(0, chunks, CHUNKS):
+        c = at + tl.arange(0, CHUNKS)
+        own = tl.load(counts + c[:, None] * EB + e[None, :], mask=(c < chunks)[:, None], other=0)
+        before = tl.cumsum(own, 0) - own + total[None, :]
+        tl.store(counts + c[:, None] * EB + e[None, :], before, mask=(c < chunks)[:, None])
+        total += tl.sum(own, 0)
+    tl.store(counts + chunks * EB + e, total)
+
+
 @triton.jit(do_not_specialize=["slots_total", "chunk", "stride", "num_experts", "map_size", "tiles", "block_m"])
 def _place(
-    ids, expert_map, num_valid, counts, starts, ends, tile_expert, tile_start, slots, local_ids,
+    ids, expert_map, num_valid, counts, starts, ends, tile_expert, tile_start, slots, local_ids, ticket,
     slots_total, chunk, stride, num_experts, map_size, tiles, block_m,
     K: tl.constexpr, EB: tl.constexpr, SCAN: tl.constexpr, PIECE: tl.constexpr, TB: tl.constexpr, FLAT: tl.constexpr,
     MAPPED: tl.constexpr, HAS_VALID: tl.constexpr, COUNTED: tl.constexpr, PDL: tl.constexpr,
@@ -108,11 +124,8 @@ def _place(
     before = tl.zeros((EB,), tl.int32)  # slots of each expert before this chunk
     total = tl.zeros((EB,), tl.int32)
     if COUNTED:
-        for at in range(0, programs, 16):
-            c = at + tl.arange(0, 16)
-            table = tl.load(counts + c[:, None] * EB + e[None, :], mask=(c < programs)[:, None], other=0)
-            total += tl.sum(table, 0)
-            before += tl.sum(tl.where((c < pid)[:, None], table, 0), 0)
+        before = tl.load(counts + pid * EB + e)
+        total = tl.load(counts + programs * EB + e)
     else:
         # The next ids are loaded while these are counted: one trip to the L2 costs more than the counting.
         lane = tl.arange(0, SCAN)
@@ -135,6 +148,7 @@ def _place(
     if pid == 0:
         tl.store(starts + e, begin, mask=e < num_experts)
         tl.store(ends + e, begin + total, mask=e < num_experts)
+        tl.store(ticket, 0)
     # Where the next slot of each expert goes; dropped slots share the positions behind the last live one.
     base = begin + before
     dropped = tl.sum(total, 0) + first - tl.sum(before, 0)
@@ -158,11 +172,13 @@ def _place(
 
 @triton.jit(do_not_specialize=["num_experts", "tiles", "block_m"])
 def _cover(
-    starts, ends, tile_expert, tile_start, num_experts, tiles, block_m,
+    starts, ends, tile_expert, tile_start, ticket, num_experts, tiles, block_m,
     EB: tl.constexpr, TB: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The tile table of ranges that are there already."""
     wait_for_inputs(PDL)
+    if tl.program_id(0) == 0:
+        tl.store(ticket, 0)
     e = tl.arange(0, EB)
     begin = tl.load(starts + e, mask=e < num_experts, other=0)
     rows = tl.maximum(tl.load(ends + e, mask=e < num_experts, other=0) - begin, 0)
@@ -200,7 +216,7 @@ def align(
     topk_ids: int32 or int64 [T, K], columns contiguous. Local ids, or with expert_map (int32 [E_global]) global ones.
     num_experts: local experts, 1 to 1024. num_valid: int32 device scalar (or [1]); rows from it on are dropped, as is
     every id that is, mapped, outside [0, num_experts). Slots of one expert keep their order. `slots` holds 0 behind
-    the last live position. One launch up to ONE_LAUNCH slots, else two; nothing for T = 0 (no tiles then).
+    the last live position. One launch up to ONE_LAUNCH slots, else three; nothing for T = 0 (no tiles then).
 
     Roofline: 4 bytes a slot in, 8 out and 8 a tile (131072 slots: 1.6 MB, 0.4 us at 4.3 TB/s): latency alone
     counts. Expected on an H200: 3 us at 512 slots, 6 at 8192, 8 at 131072, of which about 2 are the launch.
@@ -217,8 +233,8 @@ def align(
     slots_total = tokens * top_k
     if slots_total == 0:
         starts, ends = topk_ids.new_zeros((2, num_experts), dtype=torch.int32)
-        tile_expert, tile_start, slots, local_ids = _slices(topk_ids, 0, 0, 0, 0)
-        return RowTable(0, block_m, starts, ends, tile_expert, tile_start, slots, local_ids)
+        tile_expert, tile_start, ticket, slots, local_ids = _slices(topk_ids, 0, 0, 1, 0, 0)
+        return RowTable(0, block_m, starts, ends, tile_expert, tile_start, ticket.zero_(), slots, local_ids)
     if top_k > 1 and topk_ids.stride(1) != 1:
         topk_ids = topk_ids.contiguous()
 
@@ -229,9 +245,10 @@ def align(
     if not counted:
         # With few slots the tile table is the longer part: programs without a slot of their own help to write it.
         programs = max(programs, triton.cdiv(tiles, TILE_ROWS))
-    starts, ends, tile_expert, tile_start, slots, local_ids, counts = _slices(
-        topk_ids, num_experts, num_experts, tiles, tiles, slots_total, slots_total, programs * bins if counted else 0
-    )
+    starts, ends, tile_expert, tile_start, slots, local_ids, ticket, counts = _slices(
+        topk_ids, num_experts, num_experts, tiles, tiles, slots_total, slots_total, 1,
+        (programs + 1) * bins if counted else 0,
+    )  # fmt: skip
     # Both lists of keywords say how ids are read; a map and a count that are absent are never dereferenced.
     ids = (topk_ids, topk_ids if expert_map is None else expert_map, topk_ids if num_valid is None else num_valid)
     sizes = (slots_total, chunk, topk_ids.stride(0), num_experts, 0 if expert_map is None else expert_map.shape[0])
@@ -247,11 +264,14 @@ def align(
     scan = max(PIECE, min(SCAN, triton.next_power_of_2(chunk if counted else slots_total)))
     if counted:
         _count_chunks[(programs,)](*ids, counts, *sizes, SCAN=scan, **kinds)
+        _scan_chunks[(bins // EXPERTS,)](
+            counts, programs, EB=bins, CHUNKS=CHUNKS, EXPERTS=EXPERTS, num_warps=4, **dependent_launch(counts)
+        )
     _place[(programs,)](
-        *ids, counts, starts, ends, tile_expert, tile_start, slots, local_ids, *sizes, tiles, block_m,
+        *ids, counts, starts, ends, tile_expert, tile_start, slots, local_ids, ticket, *sizes, tiles, block_m,
         SCAN=scan, PIECE=PIECE, TB=TILE_ROWS, COUNTED=counted, **kinds,
     )  # fmt: skip
-    return RowTable(slots_total, block_m, starts, ends, tile_expert, tile_start, slots, local_ids)
+    return RowTable(slots_total, block_m, starts, ends, tile_expert, tile_start, ticket, slots, local_ids)
 
 
 def cover(starts: Tensor, ends: Tensor, *, positions: int, block_m: int, tiles: int | None = None) -> RowTable:
@@ -271,10 +291,10 @@ def cover(starts: Tensor, ends: Tensor, *, positions: int, block_m: int, tiles: 
         raise ValueError(f"cover takes 1 to 1024 experts and a positive block_m, got {experts} and {block_m}")
     if tiles is None:
         tiles = most_tiles(positions, experts, block_m) if positions else 0
-    tile_expert, tile_start = _slices(starts, tiles, tiles)
+    tile_expert, tile_start, ticket = _slices(starts, tiles, tiles, 1)
     if tiles:
         _cover[(triton.cdiv(tiles, TILE_ROWS),)](
-            starts, ends, tile_expert, tile_start, experts, tiles, block_m,
+            starts, ends, tile_expert, tile_start, ticket, experts, tiles, block_m,
             EB=_bins(experts), TB=TILE_ROWS, num_warps=4, **dependent_launch(starts),
         )  # fmt: skip
-    return RowTable(positions, block_m, starts, ends, tile_expert, tile_start)
+    return RowTable(positions, block_m, starts, ends, tile_expert, tile_start, ticket)

@@ -226,10 +226,10 @@ def decode_up(
 
 
 @triton.jit
-def prefetch_rows(w, row_items, live, row_bytes, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Bring weight rows to L2."""
+def prefetch_rows(w, row_items, live, row_bytes, early, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """Bring the first `early` bytes of weight rows to L2."""
     line = tl.arange(0, 8) * 128
-    for offset in tl.range(0, row_bytes, 8 * 128):
+    for offset in tl.range(0, tl.minimum(early, row_bytes), 8 * 128):
         at = tl.minimum(offset + line, row_bytes - 1)
         item_bytes: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
         rows = w.to(tl.pointer_type(tl.int8)) + row_items[:, :, None] * item_bytes
@@ -243,7 +243,7 @@ def prefetch_rows(w, row_items, live, row_bytes, ROWS: tl.constexpr, LANES: tl.c
         )
 
 
-@triton.jit(do_not_specialize=["factor"])
+@triton.jit(do_not_specialize=["factor", "early_bytes"])
 def decode_down(
     h,
     w,
@@ -263,6 +263,7 @@ def decode_down(
     k_stored,
     stride_out,
     stride_ws,
+    early_bytes,
     TOP_K: tl.constexpr,
     LANES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -296,7 +297,8 @@ def decode_down(
     matrix = expert.to(tl.int64) * n
     row_items = (matrix[None, :] + rows[:, None]) * k_stored
     if PREFETCH:
-        prefetch_rows(w, row_items, live, k_stored * (w.dtype.element_ty.primitive_bitwidth // 8), ROWS, LANES)
+        row_bytes = k_stored * (w.dtype.element_ty.primitive_bitwidth // 8)
+        prefetch_rows(w, row_items, live, row_bytes, early_bytes, ROWS, LANES)
     wait_for_inputs(PDL)
     x_rows = h + slot.to(tl.int64) * k
     scale = tl.full((LANES,), 1.0, tl.float32)

@@ -18,12 +18,14 @@ from moe_core_triton.kernels.unpack import E2M1_WORDS_FACTOR
 
 
 @triton.jit
-def _prefetch(w_pointer, rows, row_bytes, LINES: tl.constexpr):
-    """Ask for a tile's weights to be brought into L2. They are constants: this may run before the inputs are ready."""
+def _prefetch(w_pointer, rows, row_bytes, early):
+    """Ask for the first `early` bytes of a tile's rows of weights to be brought into L2.
+
+    Weights are constants: this may run before the inputs are ready.
+    """
     base = w_pointer.to(tl.pointer_type(tl.int8)) + rows.to(tl.int64) * row_bytes
-    for offset in tl.range(0, row_bytes, 128 * LINES):
-        at = offset + tl.arange(0, LINES) * 128
-        pointers = base[:, None] + tl.minimum(at, row_bytes - 1)[None, :]
+    for offset in tl.range(0, tl.minimum(early, row_bytes), 128):
+        pointers = base + offset
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
         )
@@ -160,7 +162,7 @@ def _tile(
             tl.store(out_rows + columns[None, :], encode_e4m3(h, NATIVE), mask=inside)
 
 
-@triton.jit(do_not_specialize=["alpha", "beta", "limit", "factor", "tiles"])
+@triton.jit(do_not_specialize=["alpha", "beta", "limit", "factor", "tiles", "early_bytes"])
 def grouped_gemm(
     x,
     x_scale,
@@ -188,6 +190,7 @@ def grouped_gemm(
     stride_xs,
     stride_out,
     stride_ws,
+    early_bytes,
     TOP_K: tl.constexpr,
     SCATTER: tl.constexpr,
     PARTS: tl.constexpr,
@@ -230,7 +233,7 @@ def grouped_gemm(
                 early_rows, _ = weight_rows(n_early, n_part, BLOCK_N, PARTS)
                 row_bytes = k_stored * (w_pointer.dtype.element_ty.primitive_bitwidth // 8)
                 first = early_expert.to(tl.int64) * (PARTS * n_part)
-                _prefetch(w_pointer, first + early_rows, row_bytes, 1)
+                _prefetch(w_pointer, first + early_rows, row_bytes, early_bytes)
     wait_for_inputs(PDL)
     if PERSISTENT:
         index = tl.arange(0, TILES_POW2)

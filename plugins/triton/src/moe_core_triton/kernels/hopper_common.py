@@ -1,11 +1,12 @@
-"""What the Hopper kernels of `hopper_gemm.py` (16 bits) and `hopper_fp8.py` share: order of tiles, ring, producers.
+"""What the Hopper kernels of `hopper_gemm.py` (16 bits) and `hopper_fp8.py` share: ring and producers.
 
 Protocol of a slot: `full[s]` completes when both operands have landed (the bytes that TMA announced, and for gathered
 rows one arrival of each gathering thread, which the hardware makes when that thread's copies are done);
 `empty[s]` completes when all consumers have arrived, each after the wgmma that read the slot has finished. Everybody
-walks the same list of tiles in the same order and counts slots with the same counter `it`: slot it % stages, and the
-parity (it // stages) & 1 of its `full`; a producer waits for the parity before that one of `empty`, which a fresh
-barrier passes. So a consumer is at most `stages` slots behind the other, and may run its epilogue meanwhile.
+hears of the same tiles in the same order (`hopper_queue.py`) and counts slots with the same counter `it`: slot
+it % stages, and the parity (it // stages) & 1 of its `full`; a producer waits for the parity before that one of
+`empty`, which a fresh barrier passes. So a consumer is at most `stages` slots behind the other, and may run its
+epilogue meanwhile.
 A consumer whose rows of a tile do not exist only passes the slots on: the others then have the tensor cores alone,
 and nobody fetches those rows.
 
@@ -23,38 +24,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from moe_core_triton.kernels.hopper_queue import draw, drawn, locate, tell
+
 #: Rows of one consumer: those of a wgmma.
 ROWS = gl.constexpr(64)
-
-
-@gluon.jit
-def count_live(tile_expert, tiles):
-    """Tiles that have an expert: the unused ones, with -1, are the tail of the table."""
-    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
-    index = gl.arange(0, 1024, layout=layout)
-    seen = gl.zeros([1024], gl.int32, layout)
-    for first in range(0, tiles, 1024):
-        expert = gl.load(tile_expert + first + index, mask=first + index < tiles, other=-1)
-        seen += (expert >= 0).to(gl.int32)
-    return gl.sum(seen, axis=0)
-
-
-@gluon.jit
-def place(tile, live, n_tiles, GROUP_M: gl.constexpr):
-    """The tile of rows and the tile of columns of entry `tile` of the order: rows fastest, GROUP_M tiles at a time."""
-    a_group = GROUP_M * n_tiles
-    first = (tile // a_group) * GROUP_M
-    size = gl.minimum(live - first, GROUP_M)
-    within = tile % a_group
-    return first + within % size, within // size
-
-
-@gluon.jit
-def rows_of(m, table, BM: gl.constexpr):
-    """Expert, first position and number of positions of a tile of rows; table: (tile_expert, tile_start, ends)."""
-    expert = gl.load(table[0] + m)
-    start = gl.load(table[1] + m)
-    return expert, start, gl.minimum(gl.load(table[2] + expert) - start, BM)
 
 
 @gluon.jit
@@ -114,13 +87,12 @@ def copy_rows(x, offsets, k, cols, K, piece, EVEN_K: gl.constexpr):
 
 
 @gluon.jit
-def produce_gathered(ring, table, given, w_desc, span, TOP_K: gl.constexpr, EVEN_K: gl.constexpr,
-                     GROUP_M: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, TAKES_ROWS: gl.constexpr,
-                     TAKES_WEIGHTS: gl.constexpr):  # fmt: skip
-    """Gathered rows of x (TAKES_ROWS); gate and up rows of an expert for the same columns of h (TAKES_WEIGHTS)."""
+def produce_gathered(ring, queue, given, w_desc, span, TOP_K: gl.constexpr, EVEN_K: gl.constexpr,
+                     GROUP_M: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
+    """Gathered rows of x, and gate and up rows of an expert for the same columns of h. The scheduler, too."""
     a_ring, b_ring, full, empty = ring
     slots, x, x_stride = given
-    live, n_tiles, inter, K = span
+    inter, K = span
     BN: gl.constexpr = b_ring.shape[1]
     BK: gl.constexpr = a_ring.shape[2]
     BYTES: gl.constexpr = w_desc.dtype.primitive_bitwidth // 8
@@ -131,59 +103,79 @@ def produce_gathered(ring, table, given, w_desc, span, TOP_K: gl.constexpr, EVEN
     layout: gl.constexpr = gl.BlockedLayout([1, VEC], [32 * VEC // BK, BK // VEC], [gl.num_warps(), 1], [1, 0])
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     cols = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
-    it = 0
-    for tile in range(gl.program_id(0), live * n_tiles, gl.num_programs(0)):
-        m, n = place(tile, live, n_tiles, GROUP_M)
-        expert, start, count = rows_of(m, table, PARTS * ROWS)
-        if TAKES_ROWS:
-            first = rows_from(slots, start, count, x_stride, rows, cols, 0, TOP_K)
-            second = rows_from(slots, start, count, x_stride, rows, cols, 1, TOP_K)
-            third = rows_from(slots, start, count, x_stride, rows, cols, PARTS - 1, TOP_K)
+    it, turn = 0, 0
+    tile = gl.program_id(0)
+    while tile < queue[4]:
+        entry = locate(queue, tile, PARTS * ROWS, GROUP_M)
+        tell(queue, turn, entry)
+        number = draw(queue, True)
+        expert, n, start, count = entry
+        first = rows_from(slots, start, count, x_stride, rows, cols, 0, TOP_K)
+        second = rows_from(slots, start, count, x_stride, rows, cols, 1, TOP_K)
+        third = rows_from(slots, start, count, x_stride, rows, cols, PARTS - 1, TOP_K)
         gate_row = expert * (2 * inter) + n * (BN // 2)
         for k in range(0, K, BK):
             stage = it % STAGES
             mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
             ready = full.index(stage)
-            if TAKES_WEIGHTS:
-                mbarrier.expect(ready, BN * BK * BYTES)
-                _load_weights(w_desc, ready, b_ring.index(stage), gate_row, k, inter, True)
-            if TAKES_ROWS:
-                copy_rows(x, first, k, cols, K, a_ring.index(stage * PARTS), EVEN_K)
-                if count > ROWS:
-                    copy_rows(x, second, k, cols, K, a_ring.index(stage * PARTS + 1), EVEN_K)
-                if PARTS == 3:
-                    if count > 2 * ROWS:
-                        copy_rows(x, third, k, cols, K, a_ring.index(stage * PARTS + 2), EVEN_K)
-                async_copy.mbarrier_arrive(ready, increment_count=False)
+            mbarrier.expect(ready, BN * BK * BYTES)
+            _load_weights(w_desc, ready, b_ring.index(stage), gate_row, k, inter, True)
+            copy_rows(x, first, k, cols, K, a_ring.index(stage * PARTS), EVEN_K)
+            if count > ROWS:
+                copy_rows(x, second, k, cols, K, a_ring.index(stage * PARTS + 1), EVEN_K)
+            if PARTS == 3:
+                if count > 2 * ROWS:
+                    copy_rows(x, third, k, cols, K, a_ring.index(stage * PARTS + 2), EVEN_K)
+            async_copy.mbarrier_arrive(ready, increment_count=False)
             it += 1
+        turn += 1
+        tile = drawn(queue, number)
+    tell(queue, turn, (-1, 0, 0, 0))
 
 
 @gluon.jit
-def produce_rows(ring, table, a_desc, w_desc, span, GATED: gl.constexpr, GROUP_M: gl.constexpr,
+def produce_rows(ring, queue, a_desc, w_desc, span, GATED: gl.constexpr, GROUP_M: gl.constexpr,
                  STAGES: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
-    """Positions, which are contiguous, as far as the tile has any, and rows of weights."""
+    """Positions, which are contiguous, as far as the tile has any, and rows of weights. The scheduler, too."""
+    it, turn = 0, 0
+    tile = gl.program_id(0)
+    while tile < queue[4]:
+        entry = locate(queue, tile, PARTS * ROWS, GROUP_M)
+        tell(queue, turn, entry)
+        number = draw(queue, True)
+        it = produce_tile(ring, it, entry, a_desc, w_desc, span, True, GATED, STAGES, PARTS)
+        turn += 1
+        tile = drawn(queue, number)
+    tell(queue, turn, (-1, 0, 0, 0))
+
+
+@gluon.jit
+def produce_tile(ring, it, entry, a_desc, w_desc, span, HAS_ROWS: gl.constexpr, GATED: gl.constexpr,
+                 STAGES: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
+    """All steps of a tile by TMA, without its rows unless HAS_ROWS; the counter behind them."""
     a_ring, b_ring, full, empty = ring
-    live, n_tiles, size, K = span
+    expert, n, start, count = entry
+    size, K = span
     BN: gl.constexpr = b_ring.shape[1]
     BK: gl.constexpr = a_ring.shape[2]
     BYTES: gl.constexpr = w_desc.dtype.primitive_bitwidth // 8
-    it = 0
-    for tile in range(gl.program_id(0), live * n_tiles, gl.num_programs(0)):
-        m, n = place(tile, live, n_tiles, GROUP_M)
-        expert, start, count = rows_of(m, table, PARTS * ROWS)
-        pieces = gl.cdiv(count, ROWS)
-        row = expert * (2 * size) + n * (BN // 2) if GATED else expert * size + n * BN
-        for k in range(0, K, BK):
-            stage = it % STAGES
-            mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
-            ready = full.index(stage)
+    pieces = gl.cdiv(count, ROWS)
+    row = expert * (2 * size) + n * (BN // 2) if GATED else expert * size + n * BN
+    for k in range(0, K, BK):
+        stage = it % STAGES
+        mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
+        ready = full.index(stage)
+        if HAS_ROWS:
             for part in gl.static_range(PARTS):
                 mbarrier.expect(ready, (BN + (part + 1) * ROWS) * BK * BYTES, pred=pieces == part + 1)
-            _load_weights(w_desc, ready, b_ring.index(stage), row, k, size, GATED)
             for part in gl.static_range(PARTS):
                 piece = a_ring.index(stage * PARTS + part)
                 tma.async_copy_global_to_shared(a_desc, [start + part * ROWS, k], ready, piece, pred=part < pieces)
-            it += 1
+        else:
+            mbarrier.expect(ready, BN * BK * BYTES)
+        _load_weights(w_desc, ready, b_ring.index(stage), row, k, size, GATED)
+        it += 1
+    return it
 
 
 @gluon.jit

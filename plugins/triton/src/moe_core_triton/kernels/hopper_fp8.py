@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
@@ -28,16 +29,15 @@ from moe_core_triton.kernels.activation import activate
 from moe_core_triton.kernels.hopper_common import (
     ROWS,
     acc_layout,
-    count_live,
+    copy_rows,
     descriptor,
     make_ring,
     pass_on,
-    place,
-    produce_gathered,
-    produce_rows,
-    rows_of,
+    produce_tile,
+    rows_from,
     store_layout,
 )
+from moe_core_triton.kernels.hopper_queue import draw, drawn, hear, locate, make_queue, tell
 from moe_core_triton.kernels.launching import processors
 from moe_core_triton.kernels.quantize import magnitude_bits
 from moe_core_triton.row_table import RowTable
@@ -87,16 +87,63 @@ def _multiply(ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART: gl
 
 
 @gluon.jit
-def _next_rows(tile, total, table, slots, rows, live, n_tiles, GROUP_M: gl.constexpr,
-               HAS_SLOTS: gl.constexpr):  # fmt: skip
+def _next_tile(queue, turn, slots, rows, HAS_SLOTS: gl.constexpr):
     """What a consumer needs to know of a tile: expert, tile of columns, first position, count, slots of `rows`."""
-    m, n = place(gl.minimum(tile, total - 1), live, n_tiles, GROUP_M)
-    expert, start, count = rows_of(m, table, PARTS * ROWS)
+    expert, n, start, count = hear(queue, turn)
     # Rows that do not exist stand in for the tile's first, so that every address is valid.
-    slot = start + gl.where(rows < count, rows, 0)
+    slot = gl.maximum(start, 0) + gl.where(rows < count, rows, 0)
     if HAS_SLOTS:
         slot = gl.load(slots + slot)
     return expert, n, start, count, slot
+
+
+@gluon.jit
+def _schedule(ring, queue, rows_desc, w_desc, span, HAS_ROWS: gl.constexpr, GATED: gl.constexpr, GROUP_M: gl.constexpr,
+              STAGES: gl.constexpr):  # fmt: skip
+    """The scheduler: weights, and positions where they are contiguous (HAS_ROWS).
+
+    It tells of a tile when it begins the one before: consumers load a tile's slots and scales beside their products.
+    """
+    tile = gl.program_id(0)
+    here = locate(queue, tile, PARTS * ROWS, GROUP_M)
+    tell(queue, 0, here)
+    number = draw(queue, tile < queue[4])
+    it, turn = 0, 0
+    while tile < queue[4]:
+        after = drawn(queue, number)
+        there = locate(queue, after, PARTS * ROWS, GROUP_M)
+        tell(queue, turn + 1, there)
+        number = draw(queue, after < queue[4])
+        it = produce_tile(ring, it, here, rows_desc, w_desc, span, HAS_ROWS, GATED, STAGES, PARTS)
+        here, tile = there, after
+        turn += 1
+
+
+@gluon.jit
+def _gather(ring, queue, given, K, TOP_K: gl.constexpr, STAGES: gl.constexpr):
+    """Gathered rows of x."""
+    a_ring, _, full, empty = ring
+    slots, x, x_stride = given
+    BK: gl.constexpr = a_ring.shape[2]
+    layout: gl.constexpr = gl.BlockedLayout([1, 16], [512 // BK, BK // 16], [gl.num_warps(), 1], [1, 0])
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    cols = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
+    x_stride, K = x_stride // 16 * 16, K // 16 * 16  # as in hopper_common.produce_gathered
+    it, turn = 0, 0
+    expert, _, start, count = hear(queue, 0)
+    while expert >= 0:
+        first = rows_from(slots, start, count, x_stride, rows, cols, 0, TOP_K)
+        second = rows_from(slots, start, count, x_stride, rows, cols, 1, TOP_K)
+        for k in range(0, K, BK):
+            stage = it % STAGES
+            mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
+            copy_rows(x, first, k, cols, K, a_ring.index(stage * PARTS), True)
+            if count > ROWS:
+                copy_rows(x, second, k, cols, K, a_ring.index(stage * PARTS + 1), True)
+            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+            it += 1
+        turn += 1
+        expert, _, start, count = hear(queue, turn)
 
 
 @gluon.jit
@@ -109,13 +156,12 @@ def _group_scales(value):
 
 
 @gluon.jit
-def _consume_up(given, PART: gl.constexpr, ACT: gl.constexpr,
-                HAS_LIMIT: gl.constexpr, HAS_SLOTS: gl.constexpr, TOP_K: gl.constexpr, GROUP_M: gl.constexpr,
-                STAGES: gl.constexpr):  # fmt: skip
-    ring, table, slots, scales, out, span, act = given
+def _consume_up(given, PART: gl.constexpr, ACT: gl.constexpr, HAS_LIMIT: gl.constexpr, HAS_SLOTS: gl.constexpr,
+                TOP_K: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    ring, queue, slots, scales, out, span, act = given
     x_scale, x_scale_stride, w_scale = scales
     h, h_stride, h_scale, h_scale_stride = out
-    live, n_tiles, _, K = span
+    inter, K = span
     BK: gl.constexpr = ring[0].shape[2]
     COLS: gl.constexpr = ring[1].shape[1] // 2
     mma: gl.constexpr = acc_layout(COLS, 8)
@@ -123,42 +169,36 @@ def _consume_up(given, PART: gl.constexpr, ACT: gl.constexpr,
     rows = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     cols = gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
     rows_mma = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma))
-    steps = K // BK
-    total = live * n_tiles
-    it = 0
-    if gl.program_id(0) < total:
-        expert, n, start, count, slot = _next_rows(
-            gl.program_id(0), total, table, slots, rows_mma, live, n_tiles, GROUP_M, HAS_SLOTS
-        )
-        for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-            x_row = (slot // TOP_K) * x_scale_stride
-            w_row = (expert * (2 * n_tiles) + n) * steps
-            here, first, last = n, start, count
-            expert, n, start, count, slot = _next_rows(
-                tile + gl.num_programs(0), total, table, slots, rows_mma, live, n_tiles, GROUP_M, HAS_SLOTS
-            )
-            if last > PART * ROWS:
-                w_row_2 = w_row + n_tiles * steps
-                gate, up = _multiply(ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART, STAGES, HAS_SLOTS)
-                value = activate(gate, up, ACT, act[0], act[1], act[2], HAS_LIMIT)
-                scale = _group_scales(value)
-                target = h_scale + (first + rows_mma).to(gl.int64) * h_scale_stride + here
-                gl.store(target, scale, mask=rows_mma < last)
-                code = gl.convert_layout((value * (1.0 / scale)[:, None]).to(h.dtype.element_ty), layout)
-                target = h + (first + rows).to(gl.int64)[:, None] * h_stride + (here * COLS + cols)[None, :]
-                gl.store(target, code, mask=gl.expand_dims(rows < last, 1))
-            else:
-                pass_on(ring, it, steps, STAGES)
-            it += steps
+    steps, blocks = K // BK, inter // COLS
+    it, turn = 0, 0
+    expert, n, start, count, slot = _next_tile(queue, 0, slots, rows_mma, HAS_SLOTS)
+    while expert >= 0:
+        x_row = (slot // TOP_K) * x_scale_stride
+        w_row = (expert * (2 * blocks) + n) * steps
+        here, first, last = n, start, count
+        turn += 1
+        expert, n, start, count, slot = _next_tile(queue, turn, slots, rows_mma, HAS_SLOTS)
+        if last > PART * ROWS:
+            w_row_2 = w_row + blocks * steps
+            gate, up = _multiply(ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART, STAGES, HAS_SLOTS)
+            value = activate(gate, up, ACT, act[0], act[1], act[2], HAS_LIMIT)
+            scale = _group_scales(value)
+            target = h_scale + (first + rows_mma).to(gl.int64) * h_scale_stride + here
+            gl.store(target, scale, mask=rows_mma < last)
+            code = gl.convert_layout((value * (1.0 / scale)[:, None]).to(h.dtype.element_ty), layout)
+            target = h + (first + rows).to(gl.int64)[:, None] * h_stride + (here * COLS + cols)[None, :]
+            gl.store(target, code, mask=gl.expand_dims(rows < last, 1))
+        else:
+            pass_on(ring, it, steps, STAGES)
+        it += steps
 
 
 @gluon.jit
-def _consume_down(given, PART: gl.constexpr,
-                  HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr, GROUP_M: gl.constexpr,
+def _consume_down(given, PART: gl.constexpr, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr,
                   STAGES: gl.constexpr):  # fmt: skip
-    ring, table, slots, scales, row_weights, y, y_stride, span, factor = given
+    ring, queue, slots, scales, row_weights, y, y_stride, span, factor = given
     x_scale, x_scale_stride, w_scale = scales
-    live, n_tiles, columns, K = span
+    columns, K = span
     BK: gl.constexpr = ring[0].shape[2]
     COLS: gl.constexpr = ring[1].shape[1] // 2
     mma: gl.constexpr = acc_layout(COLS, 8)
@@ -168,60 +208,55 @@ def _consume_down(given, PART: gl.constexpr,
     rows_mma = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma))
     steps = K // BK
     blocks = columns // COLS
-    total = live * n_tiles
-    it = 0
-    if gl.program_id(0) < total:
-        expert, n, start, count, slot = _next_rows(
-            gl.program_id(0), total, table, slots, rows_mma, live, n_tiles, GROUP_M, HAS_SLOTS
-        )
-        for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-            here, first, last = n, start, count
-            x_row = (first + gl.where(rows_mma < last, rows_mma, 0)) * x_scale_stride
-            block = expert * blocks + 2 * here
-            w_row = block * steps
-            w_row_2 = w_row + gl.where(2 * here + 1 < blocks, steps, 0)
-            weight = gl.full([ROWS], factor, gl.float32, rows_mma.type.layout)
-            if HAS_WEIGHTS:
-                weight *= gl.load(row_weights + slot)
-            expert, n, start, count, slot = _next_rows(
-                tile + gl.num_programs(0), total, table, slots, rows_mma, live, n_tiles, GROUP_M, HAS_SLOTS
-            )
-            if last > PART * ROWS:
-                left, right = _multiply(ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART, STAGES, False)
-                target = first + rows
-                if HAS_SLOTS:
-                    target = gl.load(slots + target, mask=rows < last, other=0)
-                inside = gl.expand_dims(rows < last, 1)
-                column = here * (2 * COLS) + cols
-                line = y + target.to(gl.int64)[:, None] * y_stride + column[None, :]
-                out = gl.convert_layout((left * weight[:, None]).to(y.dtype.element_ty), layout)
-                gl.store(line, out, mask=inside)
-                out = gl.convert_layout((right * weight[:, None]).to(y.dtype.element_ty), layout)
-                gl.store(line + COLS, out, mask=inside & (column + COLS < columns)[None, :])
-            else:
-                pass_on(ring, it, steps, STAGES)
-            it += steps
+    it, turn = 0, 0
+    expert, n, start, count, slot = _next_tile(queue, 0, slots, rows_mma, HAS_SLOTS)
+    while expert >= 0:
+        here, first, last = n, start, count
+        x_row = (first + gl.where(rows_mma < last, rows_mma, 0)) * x_scale_stride
+        block = expert * blocks + 2 * here
+        w_row = block * steps
+        w_row_2 = w_row + gl.where(2 * here + 1 < blocks, steps, 0)
+        weight = gl.full([ROWS], factor, gl.float32, rows_mma.type.layout)
+        if HAS_WEIGHTS:
+            weight *= gl.load(row_weights + slot)
+        turn += 1
+        expert, n, start, count, slot = _next_tile(queue, turn, slots, rows_mma, HAS_SLOTS)
+        if last > PART * ROWS:
+            left, right = _multiply(ring, it, steps, x_scale, x_row, w_scale, w_row, w_row_2, PART, STAGES, False)
+            target = first + rows
+            if HAS_SLOTS:
+                target = gl.load(slots + target, mask=rows < last, other=0)
+            inside = gl.expand_dims(rows < last, 1)
+            column = here * (2 * COLS) + cols
+            line = y + target.to(gl.int64)[:, None] * y_stride + column[None, :]
+            out = gl.convert_layout((left * weight[:, None]).to(y.dtype.element_ty), layout)
+            gl.store(line, out, mask=inside)
+            out = gl.convert_layout((right * weight[:, None]).to(y.dtype.element_ty), layout)
+            gl.store(line + COLS, out, mask=inside & (column + COLS < columns)[None, :])
+        else:
+            pass_on(ring, it, steps, STAGES)
+        it += steps
 
 
 @gluon.jit(do_not_specialize=["tiles", "x_scale_stride", "h_scale_stride"])
 def up_fp8_kernel(x, x_stride, x_desc, x_scale, x_scale_stride, w_desc, w_scale, h, h_stride, h_scale, h_scale_stride,
-                  tile_expert, tile_start, ends, slots, tiles, K, inter, alpha, beta, limit, ACT: gl.constexpr,
-                  HAS_LIMIT: gl.constexpr, HAS_SLOTS: gl.constexpr, TOP_K: gl.constexpr, BN: gl.constexpr,
-                  BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr):  # fmt: skip
+                  tile_expert, tile_start, starts, ends, ticket, slots, tiles, K, inter, alpha, beta, limit,
+                  ACT: gl.constexpr, HAS_LIMIT: gl.constexpr, HAS_SLOTS: gl.constexpr, TOP_K: gl.constexpr,
+                  BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr):  # fmt: skip
     ring = make_ring(w_desc.dtype, PARTS, BN, BK, STAGES, 65 if HAS_SLOTS else 1)
-    span = (count_live(tile_expert, tiles), inter // (BN // 2), inter, K)
-    table = (tile_expert, tile_start, ends)
+    queue = make_queue((tile_expert, tile_start, starts, ends), ticket, tiles, inter // (BN // 2), STAGES)
+    span = (inter, K)
     scales = (x_scale, x_scale_stride, w_scale)
     out = (h, h_stride, h_scale, h_scale_stride)
-    given = (ring, table, slots, scales, out, span, (alpha, beta, limit))
+    given = (ring, queue, slots, scales, out, span, (alpha, beta, limit))
     if HAS_SLOTS:  # two warps gather rows, and a third fetches weights
         rows = (slots, x, x_stride)
         gl.warp_specialize(
             [
-                (_consume_up, (given, 0, ACT, HAS_LIMIT, True, TOP_K, GROUP_M, STAGES)),
-                (_consume_up, (given, 1, ACT, HAS_LIMIT, True, TOP_K, GROUP_M, STAGES)),
-                (produce_gathered, (ring, table, rows, w_desc, span, TOP_K, True, GROUP_M, STAGES, PARTS, True, False)),
-                (produce_gathered, (ring, table, rows, w_desc, span, TOP_K, True, GROUP_M, STAGES, PARTS, False, True)),
+                (_consume_up, (given, 0, ACT, HAS_LIMIT, True, TOP_K, STAGES)),
+                (_consume_up, (given, 1, ACT, HAS_LIMIT, True, TOP_K, STAGES)),
+                (_gather, (ring, queue, rows, K, TOP_K, STAGES)),
+                (_schedule, (ring, queue, w_desc, w_desc, span, False, True, GROUP_M, STAGES)),
             ],
             [4, 2, 1],
             [216, 72, 72],
@@ -229,9 +264,9 @@ def up_fp8_kernel(x, x_stride, x_desc, x_scale, x_scale_stride, w_desc, w_scale,
     else:
         gl.warp_specialize(
             [
-                (_consume_up, (given, 0, ACT, HAS_LIMIT, False, TOP_K, GROUP_M, STAGES)),
-                (_consume_up, (given, 1, ACT, HAS_LIMIT, False, TOP_K, GROUP_M, STAGES)),
-                (produce_rows, (ring, table, x_desc, w_desc, span, True, GROUP_M, STAGES, PARTS)),
+                (_consume_up, (given, 0, ACT, HAS_LIMIT, False, TOP_K, STAGES)),
+                (_consume_up, (given, 1, ACT, HAS_LIMIT, False, TOP_K, STAGES)),
+                (_schedule, (ring, queue, x_desc, w_desc, span, True, True, GROUP_M, STAGES)),
             ],
             [4, 4],
             [216, 72],
@@ -239,19 +274,20 @@ def up_fp8_kernel(x, x_stride, x_desc, x_scale, x_scale_stride, w_desc, w_scale,
 
 
 @gluon.jit(do_not_specialize=["tiles", "h_scale_stride"])
-def down_fp8_kernel(h_desc, h_scale, h_scale_stride, w_desc, w_scale, y, y_stride, tile_expert, tile_start, ends, slots,
-                    row_weights, factor, tiles, K, columns, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr,
-                    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr):  # fmt: skip
+def down_fp8_kernel(h_desc, h_scale, h_scale_stride, w_desc, w_scale, y, y_stride, tile_expert, tile_start, starts,
+                    ends, ticket, slots, row_weights, factor, tiles, K, columns, HAS_SLOTS: gl.constexpr,
+                    HAS_WEIGHTS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+                    GROUP_M: gl.constexpr):  # fmt: skip
     ring = make_ring(h_desc.dtype, PARTS, BN, BK, STAGES, 1)
-    span = (count_live(tile_expert, tiles), gl.cdiv(columns, BN), columns, K)
-    table = (tile_expert, tile_start, ends)
+    queue = make_queue((tile_expert, tile_start, starts, ends), ticket, tiles, gl.cdiv(columns, BN), STAGES)
+    span = (columns, K)
     scales = (h_scale, h_scale_stride, w_scale)
-    given = (ring, table, slots, scales, row_weights, y, y_stride, span, factor)
+    given = (ring, queue, slots, scales, row_weights, y, y_stride, span, factor)
     gl.warp_specialize(
         [
-            (_consume_down, (given, 0, HAS_SLOTS, HAS_WEIGHTS, GROUP_M, STAGES)),
-            (_consume_down, (given, 1, HAS_SLOTS, HAS_WEIGHTS, GROUP_M, STAGES)),
-            (produce_rows, (ring, table, h_desc, w_desc, span, False, GROUP_M, STAGES, PARTS)),
+            (_consume_down, (given, 0, HAS_SLOTS, HAS_WEIGHTS, STAGES)),
+            (_consume_down, (given, 1, HAS_SLOTS, HAS_WEIGHTS, STAGES)),
+            (_schedule, (ring, queue, h_desc, w_desc, span, True, False, GROUP_M, STAGES)),
         ],
         [4, 4],
         [216, 72],
@@ -291,7 +327,7 @@ def up_gemm_fp8(x: Tensor, x_scale: Tensor, w13: Tensor, w13_scale: Tensor, tabl
     w_desc = descriptor(w13.view(experts * twice, K), GROUP, GROUP)
     up_fp8_kernel[(grid,)](
         x, x.stride(0), w_desc if gathered else descriptor(x, ROWS.value, GROUP), x_scale, x_scale.stride(0),
-        w_desc, w13_scale, h, h.stride(0), h_scale, h_scale.stride(0), table.tile_expert, table.tile_start, table.ends,
+        w_desc, w13_scale, h, h.stride(0), h_scale, h_scale.stride(0), *table.tensors,
         table.slots if gathered else table.tile_start, table.tiles, K, inter, float(alpha), float(beta),
         float(limit or 0.0), ACT=act, HAS_LIMIT=limit is not None, HAS_SLOTS=gathered, TOP_K=top_k,
         BN=2 * GROUP, BK=GROUP, STAGES=STAGES, GROUP_M=group_m, num_warps=4,
@@ -311,8 +347,8 @@ def down_gemm_fp8(h: Tensor, h_scale: Tensor, w2: Tensor, w2_scale: Tensor, tabl
     grid = min(processors(h.device), table.tiles * -(-columns // (2 * GROUP)))
     down_fp8_kernel[(grid,)](
         descriptor(h, ROWS.value, GROUP), h_scale, h_scale.stride(0),
-        descriptor(w2.view(experts * columns, K), 2 * GROUP, GROUP), w2_scale, y, y.stride(0), table.tile_expert,
-        table.tile_start, table.ends, table.tile_start if table.slots is None else table.slots,
+        descriptor(w2.view(experts * columns, K), 2 * GROUP, GROUP), w2_scale, y, y.stride(0), *table.tensors,
+        table.tile_start if table.slots is None else table.slots,
         w2_scale if row_weights is None else row_weights, float(factor), table.tiles, K, columns,
         HAS_SLOTS=table.slots is not None, HAS_WEIGHTS=row_weights is not None, BN=2 * GROUP, BK=GROUP,
         STAGES=STAGES, GROUP_M=group_m, num_warps=4,

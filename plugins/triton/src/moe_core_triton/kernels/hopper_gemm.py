@@ -25,16 +25,14 @@ from moe_core_triton.kernels.activation import activate
 from moe_core_triton.kernels.hopper_common import (
     ROWS,
     acc_layout,
-    count_live,
     descriptor,
     make_ring,
     pass_on,
-    place,
     produce_gathered,
     produce_rows,
-    rows_of,
     store_layout,
 )
+from moe_core_triton.kernels.hopper_queue import hear, make_queue
 from moe_core_triton.kernels.launching import processors
 from moe_core_triton.row_table import RowTable
 
@@ -95,19 +93,17 @@ def _bias_of(row, first, size, COLS: gl.constexpr):
 
 @gluon.jit
 def _consume_up(given, PART: gl.constexpr, PARTS: gl.constexpr, ACT: gl.constexpr, HAS_LIMIT: gl.constexpr,
-                HAS_BIAS: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
-                GATHERED: gl.constexpr):  # fmt: skip
-    ring, table, bias, h, h_stride, span, act = given
-    live, n_tiles, inter, K = span
+                HAS_BIAS: gl.constexpr, STAGES: gl.constexpr, GATHERED: gl.constexpr):  # fmt: skip
+    ring, queue, bias, h, h_stride, span, act = given
+    inter, K = span
     COLS: gl.constexpr = ring[1].shape[1] // 2
     layout: gl.constexpr = store_layout(COLS, 16)
     rows = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     cols = gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
     steps = gl.cdiv(K, ring[0].shape[2])
-    it = 0
-    for tile in range(gl.program_id(0), live * n_tiles, gl.num_programs(0)):
-        m, n = place(tile, live, n_tiles, GROUP_M)
-        expert, start, count = rows_of(m, table, PARTS * ROWS)
+    it, turn = 0, 0
+    expert, n, start, count = hear(queue, 0)
+    while expert >= 0:
         if count > PART * ROWS:
             gate, up = _multiply(ring, it, steps, PART, PARTS, STAGES, GATHERED)
             if HAS_BIAS:
@@ -121,13 +117,15 @@ def _consume_up(given, PART: gl.constexpr, PARTS: gl.constexpr, ACT: gl.constexp
         else:
             pass_on(ring, it, steps, STAGES)
         it += steps
+        turn += 1
+        expert, n, start, count = hear(queue, turn)
 
 
 @gluon.jit
 def _consume_down(given, PART: gl.constexpr, PARTS: gl.constexpr, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr,
-                  HAS_BIAS: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    ring, table, slots, row_weights, bias, y, y_stride, span, scale = given
-    live, n_tiles, columns, K = span
+                  HAS_BIAS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    ring, queue, slots, row_weights, bias, y, y_stride, span, scale = given
+    columns, K = span
     BN: gl.constexpr = ring[1].shape[1]
     layout: gl.constexpr = store_layout(BN // 2, 16)
     rows = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
@@ -135,10 +133,9 @@ def _consume_down(given, PART: gl.constexpr, PARTS: gl.constexpr, HAS_SLOTS: gl.
     mma: gl.constexpr = acc_layout(BN // 2, 16)
     rows_mma = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma))
     steps = gl.cdiv(K, ring[0].shape[2])
-    it = 0
-    for tile in range(gl.program_id(0), live * n_tiles, gl.num_programs(0)):
-        m, n = place(tile, live, n_tiles, GROUP_M)
-        expert, start, count = rows_of(m, table, PARTS * ROWS)
+    it, turn = 0, 0
+    expert, n, start, count = hear(queue, 0)
+    while expert >= 0:
         if count > PART * ROWS:
             slot = start + rows
             slot_mma = start + rows_mma
@@ -162,28 +159,27 @@ def _consume_down(given, PART: gl.constexpr, PARTS: gl.constexpr, HAS_SLOTS: gl.
         else:
             pass_on(ring, it, steps, STAGES)
         it += steps
+        turn += 1
+        expert, n, start, count = hear(queue, turn)
 
 
 @gluon.jit(do_not_specialize=["tiles"])
-def up_kernel(x, x_stride, x_desc, w_desc, bias, h, h_stride, tile_expert, tile_start, ends, slots, tiles, K, inter,
-              alpha, beta, limit, ACT: gl.constexpr, HAS_LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr,
+def up_kernel(x, x_stride, x_desc, w_desc, bias, h, h_stride, tile_expert, tile_start, starts, ends, ticket, slots,
+              tiles, K, inter, alpha, beta, limit, ACT: gl.constexpr, HAS_LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr,
               HAS_SLOTS: gl.constexpr, TOP_K: gl.constexpr, EVEN_K: gl.constexpr, PARTS: gl.constexpr,
               BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr):  # fmt: skip
     ring = make_ring(w_desc.dtype, PARTS, BN, BK, STAGES, 129 if HAS_SLOTS else 1)
-    span = (count_live(tile_expert, tiles), gl.cdiv(inter, BN // 2), inter, K)
-    table = (tile_expert, tile_start, ends)
-    given = (ring, table, bias, h, h_stride, span, (alpha, beta, limit))
+    queue = make_queue((tile_expert, tile_start, starts, ends), ticket, tiles, gl.cdiv(inter, BN // 2), STAGES)
+    span = (inter, K)
+    given = (ring, queue, bias, h, h_stride, span, (alpha, beta, limit))
     rows = (slots, x, x_stride)
     if PARTS == 2:
         if HAS_SLOTS:
             gl.warp_specialize(
                 [
-                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (
-                        produce_gathered,
-                        (ring, table, rows, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES, PARTS, True, True),
-                    ),
+                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (produce_gathered, (ring, queue, rows, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES, PARTS)),
                 ],
                 [4, 4],
                 [216, 72],
@@ -191,9 +187,9 @@ def up_kernel(x, x_stride, x_desc, w_desc, bias, h, h_stride, tile_expert, tile_
         else:
             gl.warp_specialize(
                 [
-                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (produce_rows, (ring, table, x_desc, w_desc, span, True, GROUP_M, STAGES, PARTS)),
+                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (produce_rows, (ring, queue, x_desc, w_desc, span, True, GROUP_M, STAGES, PARTS)),
                 ],
                 [4, 4],
                 [216, 72],
@@ -202,13 +198,10 @@ def up_kernel(x, x_stride, x_desc, w_desc, bias, h, h_stride, tile_expert, tile_
         if HAS_SLOTS:
             gl.warp_specialize(
                 [
-                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 2, PARTS, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (
-                        produce_gathered,
-                        (ring, table, rows, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES, PARTS, True, True),
-                    ),
+                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 2, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (produce_gathered, (ring, queue, rows, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES, PARTS)),
                 ],
                 [4, 4, 4],
                 [160, 160, 32],
@@ -216,10 +209,10 @@ def up_kernel(x, x_stride, x_desc, w_desc, bias, h, h_stride, tile_expert, tile_
         else:
             gl.warp_specialize(
                 [
-                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 2, PARTS, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (produce_rows, (ring, table, x_desc, w_desc, span, True, GROUP_M, STAGES, PARTS)),
+                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 2, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (produce_rows, (ring, queue, x_desc, w_desc, span, True, GROUP_M, STAGES, PARTS)),
                 ],
                 [4, 4, 4],
                 [160, 160, 32],
@@ -227,20 +220,20 @@ def up_kernel(x, x_stride, x_desc, w_desc, bias, h, h_stride, tile_expert, tile_
 
 
 @gluon.jit(do_not_specialize=["tiles"])
-def down_kernel(h_desc, w_desc, bias, y, y_stride, tile_expert, tile_start, ends, slots, row_weights, scale, tiles, K,
-                columns, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr, HAS_BIAS: gl.constexpr,
+def down_kernel(h_desc, w_desc, bias, y, y_stride, tile_expert, tile_start, starts, ends, ticket, slots, row_weights,
+                scale, tiles, K, columns, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr, HAS_BIAS: gl.constexpr,
                 PARTS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
                 GROUP_M: gl.constexpr):  # fmt: skip
     ring = make_ring(h_desc.dtype, PARTS, BN, BK, STAGES, 1)
-    span = (count_live(tile_expert, tiles), gl.cdiv(columns, BN), columns, K)
-    table = (tile_expert, tile_start, ends)
-    given = (ring, table, slots, row_weights, bias, y, y_stride, span, scale)
+    queue = make_queue((tile_expert, tile_start, starts, ends), ticket, tiles, gl.cdiv(columns, BN), STAGES)
+    span = (columns, K)
+    given = (ring, queue, slots, row_weights, bias, y, y_stride, span, scale)
     if PARTS == 2:
         gl.warp_specialize(
             [
-                (_consume_down, (given, 0, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, GROUP_M, STAGES)),
-                (_consume_down, (given, 1, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, GROUP_M, STAGES)),
-                (produce_rows, (ring, table, h_desc, w_desc, span, False, GROUP_M, STAGES, PARTS)),
+                (_consume_down, (given, 0, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, STAGES)),
+                (_consume_down, (given, 1, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, STAGES)),
+                (produce_rows, (ring, queue, h_desc, w_desc, span, False, GROUP_M, STAGES, PARTS)),
             ],
             [4, 4],
             [232, 40],
@@ -248,10 +241,10 @@ def down_kernel(h_desc, w_desc, bias, y, y_stride, tile_expert, tile_start, ends
     else:
         gl.warp_specialize(
             [
-                (_consume_down, (given, 0, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, GROUP_M, STAGES)),
-                (_consume_down, (given, 1, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, GROUP_M, STAGES)),
-                (_consume_down, (given, 2, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, GROUP_M, STAGES)),
-                (produce_rows, (ring, table, h_desc, w_desc, span, False, GROUP_M, STAGES, PARTS)),
+                (_consume_down, (given, 0, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, STAGES)),
+                (_consume_down, (given, 1, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, STAGES)),
+                (_consume_down, (given, 2, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, STAGES)),
+                (produce_rows, (ring, queue, h_desc, w_desc, span, False, GROUP_M, STAGES, PARTS)),
             ],
             [4, 4, 4],
             [160, 160, 32],
@@ -282,7 +275,7 @@ def up_gemm(x: Tensor, w13: Tensor, table: RowTable, h: Tensor, *, top_k: int, a
     w_desc = descriptor(w13.view(experts * twice, K), BLOCK_N // 2, BLOCK_K)
     up_kernel[(grid,)](
         x, x.stride(0), w_desc if gathered else descriptor(x, ROWS.value, BLOCK_K), w_desc,
-        w13 if bias is None else bias, h, h.stride(0), table.tile_expert, table.tile_start, table.ends,
+        w13 if bias is None else bias, h, h.stride(0), *table.tensors,
         table.slots if gathered else table.tile_start, table.tiles, K, inter, float(alpha), float(beta),
         float(limit or 0.0), ACT=act, HAS_LIMIT=limit is not None, HAS_BIAS=bias is not None, HAS_SLOTS=gathered,
         TOP_K=top_k, EVEN_K=K % BLOCK_K == 0, PARTS=parts, BN=BLOCK_N, BK=BLOCK_K, STAGES=stages, GROUP_M=group_m,
@@ -303,7 +296,7 @@ def down_gemm(h: Tensor, w2: Tensor, table: RowTable, y: Tensor, *, row_weights:
     down_kernel[(grid,)](
         descriptor(h, ROWS.value, BLOCK_K),
         descriptor(w2.view(experts * columns, K), BLOCK_N, BLOCK_K), w2 if bias is None else bias, y, y.stride(0),
-        table.tile_expert, table.tile_start, table.ends, table.tile_start if table.slots is None else table.slots,
+        *table.tensors, table.tile_start if table.slots is None else table.slots,
         table.ends if row_weights is None else row_weights, float(factor), table.tiles, K, columns,
         HAS_SLOTS=table.slots is not None, HAS_WEIGHTS=row_weights is not None, HAS_BIAS=bias is not None, PARTS=parts,
         BN=BLOCK_N, BK=BLOCK_K, STAGES=stages, GROUP_M=group_m, num_warps=4,

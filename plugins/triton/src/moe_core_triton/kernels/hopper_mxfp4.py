@@ -23,8 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moe_core_triton.kernels.activation import activate
-from moe_core_triton.kernels.hopper_common import acc_layout, count_live, descriptor, place, rows_of
+from moe_core_triton.kernels.hopper_common import acc_layout, descriptor
 from moe_core_triton.kernels.hopper_mxfp4_ring import make_ring, produce_gathered, produce_rows
+from moe_core_triton.kernels.hopper_queue import hear, make_queue
 from moe_core_triton.kernels.hopper_unpack import HALF, code_layout, operands
 from moe_core_triton.kernels.launching import processors
 from moe_core_triton.kernels.unpack import E2M1_WORDS_FACTOR
@@ -157,18 +158,17 @@ def _tile_up(given, it, steps, scale_rows, at, PART: gl.constexpr, BLOCKS: gl.co
 
 @gluon.jit
 def _consume_up(given, PART: gl.constexpr, BLOCKS: gl.constexpr, BM: gl.constexpr, ACT: gl.constexpr,
-                HAS_LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+                HAS_LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, STAGES: gl.constexpr,
                 GATHERED: gl.constexpr):  # fmt: skip
-    ring, table, w_scale, _, _, span, _ = given
-    live, n_tiles, inter, K = span
+    ring, queue, w_scale, _, _, span, _ = given
+    inter, K = span
     COLUMNS: gl.constexpr = ring[2].shape[1]
     FIRST: gl.constexpr = min(BM, 128)
     steps = gl.cdiv(K, 2 * HALF)
     part, row = _row_of(gl.arange(0, 64, layout=gl.SliceLayout(1, code_layout(64))), True)
-    it = 0
-    for tile in range(gl.program_id(0), live * n_tiles, gl.num_programs(0)):
-        m, n = place(tile, live, n_tiles, GROUP_M)
-        expert, start, count = rows_of(m, table, BM)
+    it, turn = 0, 0
+    expert, n, start, count = hear(queue, 0)
+    while expert >= 0:
         first = n * COLUMNS + PART * BLOCKS * 32
         at = (expert, start, count, first)
         above = (expert * 2 + part) * inter
@@ -184,6 +184,8 @@ def _consume_up(given, PART: gl.constexpr, BLOCKS: gl.constexpr, BM: gl.constexp
             _tile_up(given, it, steps, (one, two), at, PART, BLOCKS, FIRST, True, ACT, HAS_LIMIT, HAS_BIAS, STAGES,
                      GATHERED)  # fmt: skip
         it += steps
+        turn += 1
+        expert, n, start, count = hear(queue, turn)
 
 
 @gluon.jit
@@ -204,18 +206,16 @@ def _tile_down(given, it, steps, scale_rows, at, PART: gl.constexpr, BLOCKS: gl.
 
 @gluon.jit
 def _consume_down(given, PART: gl.constexpr, BLOCKS: gl.constexpr, BM: gl.constexpr, HAS_SLOTS: gl.constexpr,
-                  HAS_WEIGHTS: gl.constexpr, HAS_BIAS: gl.constexpr, GROUP_M: gl.constexpr,
-                  STAGES: gl.constexpr):  # fmt: skip
-    ring, table, w_scale, _, _, span, _, _, _ = given
-    live, n_tiles, columns, K = span
+                  HAS_WEIGHTS: gl.constexpr, HAS_BIAS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    ring, queue, w_scale, _, _, span, _, _, _ = given
+    columns, K = span
     COLUMNS: gl.constexpr = 2 * ring[2].shape[1]
     FIRST: gl.constexpr = min(BM, 128)
     steps = gl.cdiv(K, 2 * HALF)
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, code_layout(64)))
-    it = 0
-    for tile in range(gl.program_id(0), live * n_tiles, gl.num_programs(0)):
-        m, n = place(tile, live, n_tiles, GROUP_M)
-        expert, start, count = rows_of(m, table, BM)
+    it, turn = 0, 0
+    expert, n, start, count = hear(queue, 0)
+    while expert >= 0:
         first = n * COLUMNS + PART * BLOCKS * 64
         at = (expert, start, count, first)
         one = w_scale + (expert * columns + gl.minimum(first + row, columns - 1)) * steps
@@ -230,26 +230,29 @@ def _consume_down(given, PART: gl.constexpr, BLOCKS: gl.constexpr, BM: gl.conste
             _tile_down(given, it, steps, (one, two), at, PART, BLOCKS, FIRST, True, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS,
                        STAGES)  # fmt: skip
         it += steps
+        turn += 1
+        expert, n, start, count = hear(queue, turn)
 
 
 @gluon.jit(do_not_specialize=["tiles"])
-def up_mxfp4_kernel(x, x_stride, x_desc, w_desc, w_scale, bias, h, h_stride, tile_expert, tile_start, ends, slots,
-                    tiles, K, inter, alpha, beta, limit, ACT: gl.constexpr, HAS_LIMIT: gl.constexpr,
+def up_mxfp4_kernel(x, x_stride, x_desc, w_desc, w_scale, bias, h, h_stride, tile_expert, tile_start, starts, ends,
+                    ticket, slots, tiles, K, inter, alpha, beta, limit, ACT: gl.constexpr, HAS_LIMIT: gl.constexpr,
                     HAS_BIAS: gl.constexpr, HAS_SLOTS: gl.constexpr, TOP_K: gl.constexpr, EVEN_K: gl.constexpr,
                     BM: gl.constexpr, PARTS: gl.constexpr, BLOCKS: gl.constexpr,
                     STAGES: gl.constexpr, GROUP_M: gl.constexpr):  # fmt: skip
     ring = make_ring(BM, PARTS, BLOCKS, STAGES, 129 if HAS_SLOTS else 1)
-    span = (count_live(tile_expert, tiles), gl.cdiv(inter, 32 * PARTS * BLOCKS), inter, K)
-    table = (tile_expert, tile_start, ends)
-    given = (ring, table, w_scale, bias, (h, h_stride, inter), span, (alpha, beta, limit))
+    n_tiles = gl.cdiv(inter, 32 * PARTS * BLOCKS)
+    queue = make_queue((tile_expert, tile_start, starts, ends), ticket, tiles, n_tiles, STAGES)
+    span = (inter, K)
+    given = (ring, queue, w_scale, bias, (h, h_stride, inter), span, (alpha, beta, limit))
     rows = (slots, x, x_stride)
     if PARTS == 2:
         if HAS_SLOTS:
             gl.warp_specialize(
                 [
-                    (_consume_up, (given, 0, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 1, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (produce_gathered, (ring, table, rows, w_desc, span, TOP_K, EVEN_K, BM, GROUP_M, STAGES)),
+                    (_consume_up, (given, 0, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 1, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (produce_gathered, (ring, queue, rows, w_desc, span, TOP_K, EVEN_K, BM, GROUP_M, STAGES)),
                 ],
                 [4, 4],
                 [208, 88],
@@ -257,9 +260,9 @@ def up_mxfp4_kernel(x, x_stride, x_desc, w_desc, w_scale, bias, h, h_stride, til
         else:
             gl.warp_specialize(
                 [
-                    (_consume_up, (given, 0, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 1, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (produce_rows, (ring, table, x_desc, w_desc, span, True, BM, GROUP_M, STAGES)),
+                    (_consume_up, (given, 0, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 1, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (produce_rows, (ring, queue, x_desc, w_desc, span, True, BM, GROUP_M, STAGES)),
                 ],
                 [4, 4],
                 [232, 40],
@@ -268,11 +271,11 @@ def up_mxfp4_kernel(x, x_stride, x_desc, w_desc, w_scale, bias, h, h_stride, til
         if HAS_SLOTS:
             gl.warp_specialize(
                 [
-                    (_consume_up, (given, 0, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 1, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 2, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 3, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (produce_gathered, (ring, table, rows, w_desc, span, TOP_K, EVEN_K, BM, GROUP_M, STAGES)),
+                    (_consume_up, (given, 0, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 1, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 2, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 3, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (produce_gathered, (ring, queue, rows, w_desc, span, TOP_K, EVEN_K, BM, GROUP_M, STAGES)),
                 ],
                 [4, 4, 4, 4],
                 [104, 104, 104, 64],
@@ -280,11 +283,11 @@ def up_mxfp4_kernel(x, x_stride, x_desc, w_desc, w_scale, bias, h, h_stride, til
         else:
             gl.warp_specialize(
                 [
-                    (_consume_up, (given, 0, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 1, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 2, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 3, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, GROUP_M, STAGES, HAS_SLOTS)),
-                    (produce_rows, (ring, table, x_desc, w_desc, span, True, BM, GROUP_M, STAGES)),
+                    (_consume_up, (given, 0, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 1, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 2, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 3, BLOCKS, BM, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (produce_rows, (ring, queue, x_desc, w_desc, span, True, BM, GROUP_M, STAGES)),
                 ],
                 [4, 4, 4, 4],
                 [112, 112, 112, 32],
@@ -292,20 +295,21 @@ def up_mxfp4_kernel(x, x_stride, x_desc, w_desc, w_scale, bias, h, h_stride, til
 
 
 @gluon.jit(do_not_specialize=["tiles"])
-def down_mxfp4_kernel(h_desc, w_desc, w_scale, bias, y, y_stride, tile_expert, tile_start, ends, slots, row_weights,
-                      scale, tiles, K, columns, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr,
+def down_mxfp4_kernel(h_desc, w_desc, w_scale, bias, y, y_stride, tile_expert, tile_start, starts, ends, ticket, slots,
+                      row_weights, scale, tiles, K, columns, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr,
                       HAS_BIAS: gl.constexpr, BM: gl.constexpr, PARTS: gl.constexpr, BLOCKS: gl.constexpr,
                       STAGES: gl.constexpr, GROUP_M: gl.constexpr):  # fmt: skip
     ring = make_ring(BM, PARTS, BLOCKS, STAGES, 1)
-    span = (count_live(tile_expert, tiles), gl.cdiv(columns, 64 * PARTS * BLOCKS), columns, K)
-    table = (tile_expert, tile_start, ends)
-    given = (ring, table, w_scale, bias, (y, y_stride, columns), span, slots, row_weights, scale)
+    n_tiles = gl.cdiv(columns, 64 * PARTS * BLOCKS)
+    queue = make_queue((tile_expert, tile_start, starts, ends), ticket, tiles, n_tiles, STAGES)
+    span = (columns, K)
+    given = (ring, queue, w_scale, bias, (y, y_stride, columns), span, slots, row_weights, scale)
     if PARTS == 2:
         gl.warp_specialize(
             [
-                (_consume_down, (given, 0, BLOCKS, BM, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, GROUP_M, STAGES)),
-                (_consume_down, (given, 1, BLOCKS, BM, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, GROUP_M, STAGES)),
-                (produce_rows, (ring, table, h_desc, w_desc, span, False, BM, GROUP_M, STAGES)),
+                (_consume_down, (given, 0, BLOCKS, BM, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, STAGES)),
+                (_consume_down, (given, 1, BLOCKS, BM, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, STAGES)),
+                (produce_rows, (ring, queue, h_desc, w_desc, span, False, BM, GROUP_M, STAGES)),
             ],
             [4, 4],
             [232, 40],
@@ -313,11 +317,11 @@ def down_mxfp4_kernel(h_desc, w_desc, w_scale, bias, y, y_stride, tile_expert, t
     else:
         gl.warp_specialize(
             [
-                (_consume_down, (given, 0, BLOCKS, BM, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, GROUP_M, STAGES)),
-                (_consume_down, (given, 1, BLOCKS, BM, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, GROUP_M, STAGES)),
-                (_consume_down, (given, 2, BLOCKS, BM, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, GROUP_M, STAGES)),
-                (_consume_down, (given, 3, BLOCKS, BM, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, GROUP_M, STAGES)),
-                (produce_rows, (ring, table, h_desc, w_desc, span, False, BM, GROUP_M, STAGES)),
+                (_consume_down, (given, 0, BLOCKS, BM, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, STAGES)),
+                (_consume_down, (given, 1, BLOCKS, BM, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, STAGES)),
+                (_consume_down, (given, 2, BLOCKS, BM, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, STAGES)),
+                (_consume_down, (given, 3, BLOCKS, BM, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, STAGES)),
+                (produce_rows, (ring, queue, h_desc, w_desc, span, False, BM, GROUP_M, STAGES)),
             ],
             [4, 4, 4, 4],
             [112, 112, 112, 32],
@@ -362,7 +366,7 @@ def up_gemm_mxfp4(x: Tensor, w13: Tensor, scale: Tensor, table: RowTable, h: Ten
     w_desc = descriptor(data, 32 * parts * blocks, 64)
     up_mxfp4_kernel[(grid,)](
         x, x.stride(0), w_desc if gathered else descriptor(x, min(block_m, 64), 64), w_desc, scales,
-        scales if bias is None else bias, h, h.stride(0), table.tile_expert, table.tile_start, table.ends,
+        scales if bias is None else bias, h, h.stride(0), *table.tensors,
         table.slots if gathered else table.tile_start, table.tiles, x.shape[1], inter, float(alpha), float(beta),
         float(limit or 0.0), ACT=act, HAS_LIMIT=limit is not None, HAS_BIAS=bias is not None, HAS_SLOTS=gathered,
         TOP_K=top_k, EVEN_K=x.shape[1] % 128 == 0, BM=block_m, PARTS=parts, BLOCKS=blocks, STAGES=stages,
@@ -384,7 +388,7 @@ def down_gemm_mxfp4(h: Tensor, w2: Tensor, scale: Tensor, table: RowTable, y: Te
     grid = min(processors(h.device), table.tiles * -(-columns // (64 * parts * blocks)))
     down_mxfp4_kernel[(grid,)](
         descriptor(h, min(block_m, 64), 64), descriptor(data, 32 * parts * blocks, 64), scales,
-        scales if bias is None else bias, y, y.stride(0), table.tile_expert, table.tile_start, table.ends,
+        scales if bias is None else bias, y, y.stride(0), *table.tensors,
         table.tile_start if table.slots is None else table.slots, table.ends if row_weights is None else row_weights,
         float(factor), table.tiles, h.shape[1], columns, HAS_SLOTS=table.slots is not None,
         HAS_WEIGHTS=row_weights is not None, HAS_BIAS=bias is not None, BM=block_m, PARTS=parts, BLOCKS=blocks,

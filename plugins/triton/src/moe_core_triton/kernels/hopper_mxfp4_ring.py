@@ -6,7 +6,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
-from moe_core_triton.kernels.hopper_common import copy_rows, make_barriers, place, rows_from, rows_of
+from moe_core_triton.kernels.hopper_common import copy_rows, make_barriers, rows_from
+from moe_core_triton.kernels.hopper_queue import draw, drawn, locate, tell
 from moe_core_triton.kernels.hopper_unpack import HALF
 
 
@@ -27,21 +28,24 @@ def make_ring(BM: gl.constexpr, PARTS: gl.constexpr, BLOCKS: gl.constexpr, STAGE
 
 
 @gluon.jit
-def produce_gathered(ring, table, given, w_desc, span, TOP_K: gl.constexpr, EVEN_K: gl.constexpr, BM: gl.constexpr,
+def produce_gathered(ring, queue, given, w_desc, span, TOP_K: gl.constexpr, EVEN_K: gl.constexpr, BM: gl.constexpr,
                 GROUP_M: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """Gathered rows of x, and the gate and up rows of an expert for the same columns of h."""
+    """Gathered rows of x, and the gate and up rows of an expert for the same columns of h. The scheduler, too."""
     w_ring, full, empty = ring[2], ring[3], ring[4]
     slots, x, x_stride = given
-    live, n_tiles, inter, K = span
+    inter, K = span
     SIZE: gl.constexpr = min(BM, 64)
     BOX: gl.constexpr = w_ring.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     rows = gl.arange(0, SIZE, layout=gl.SliceLayout(1, layout))
     cols = gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
-    it = 0
-    for tile in range(gl.program_id(0), live * n_tiles, gl.num_programs(0)):
-        m, n = place(tile, live, n_tiles, GROUP_M)
-        expert, start, count = rows_of(m, table, BM)
+    it, turn = 0, 0
+    tile = gl.program_id(0)
+    while tile < queue[4]:
+        entry = locate(queue, tile, BM, GROUP_M)
+        tell(queue, turn, entry)
+        number = draw(queue, True)
+        expert, n, start, count = entry
         first = rows_from(slots, start, count, x_stride, rows, cols, 0, TOP_K)
         second = rows_from(slots, start, count, x_stride, rows, cols, min(BM // SIZE - 1, 1), TOP_K)
         third = rows_from(slots, start, count, x_stride, rows, cols, BM // SIZE - 1, TOP_K)
@@ -65,20 +69,26 @@ def produce_gathered(ring, table, given, w_desc, span, TOP_K: gl.constexpr, EVEN
                         copy_rows(x, third, k, cols, K, ring[1].index(at), EVEN_K)
             async_copy.mbarrier_arrive(ready, increment_count=False)
             it += 1
+        turn += 1
+        tile = drawn(queue, number)
+    tell(queue, turn, (-1, 0, 0, 0))
 
 
 @gluon.jit
-def produce_rows(ring, table, a_desc, w_desc, span, GATED: gl.constexpr, BM: gl.constexpr, GROUP_M: gl.constexpr,
+def produce_rows(ring, queue, a_desc, w_desc, span, GATED: gl.constexpr, BM: gl.constexpr, GROUP_M: gl.constexpr,
                   STAGES: gl.constexpr):  # fmt: skip
-    """Positions, which are contiguous, as far as the tile has any, and rows of weights."""
+    """Positions, which are contiguous, as far as the tile has any, and rows of weights. The scheduler, too."""
     w_ring, full, empty = ring[2], ring[3], ring[4]
-    live, n_tiles, size, K = span
+    size, K = span
     SIZE: gl.constexpr = min(BM, 64)
     BOX: gl.constexpr = w_ring.shape[1]
-    it = 0
-    for tile in range(gl.program_id(0), live * n_tiles, gl.num_programs(0)):
-        m, n = place(tile, live, n_tiles, GROUP_M)
-        expert, start, count = rows_of(m, table, BM)
+    it, turn = 0, 0
+    tile = gl.program_id(0)
+    while tile < queue[4]:
+        entry = locate(queue, tile, BM, GROUP_M)
+        tell(queue, turn, entry)
+        number = draw(queue, True)
+        expert, n, start, count = entry
         row = expert * (2 * size) + n * BOX if GATED else expert * size + n * (2 * BOX)
         other = row + size if GATED else row + BOX
         pieces = gl.cdiv(count, SIZE)
@@ -103,3 +113,6 @@ def produce_rows(ring, table, a_desc, w_desc, span, GATED: gl.constexpr, BM: gl.
                         a_desc, [start + 2 * SIZE, k], ready, ring[1].index(at), pred=pieces > 2
                     )
             it += 1
+        turn += 1
+        tile = drawn(queue, number)
+    tell(queue, turn, (-1, 0, 0, 0))

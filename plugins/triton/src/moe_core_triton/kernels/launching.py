@@ -57,6 +57,18 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@lru_cache(maxsize=64)
+def early_bytes(device: torch.device) -> int:
+    """How many bytes of weights a kernel may ask into the L2 cache before its inputs are ready.
+
+    What comes too early is gone again when it is used, and fetched twice: Mixtral's second product at 8 tokens took
+    275 us with all of its weights asked for, and 212 us so (H200).
+    """
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).L2_cache_size) * 2 // 5
+
+
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
     """Everything that earlier kernels wrote is visible after this. Then the next kernel may start its prologue."""

@@ -1,0 +1,126 @@
+"""Who computes which tile: the Hopper kernels' CTAs draw tiles from one counter, in an order that shares weights.
+
+A CTA stays for the whole kernel. Its first tile is its own number, every further one the next that nobody has: CTAs
+that finish together get neighboring tiles, whose weights are the same, and start them together, so that what one
+brought to the L2 cache is still there for the others. (Fixed shares drift apart: tiles differ in their rows. On an
+H200, GEMM1 of DeepSeek-V3 at 4096 tokens then took 9 GB from memory instead of the 2.6 GB that it has to.) They
+also end together. Which CTA computes a tile changes nothing in its result.
+
+The scheduler is one of the producers. It tells the other partitions of its CTA through shared memory: entry i of the
+queue holds (expert, tile of columns, first position, positions) of the CTA's i-th tile, expert -1 behind the last.
+An entry is used again 2 * STAGES tiles later. That is late enough without asking anybody: a tile has at least one step,
+the producer is at most STAGES steps ahead of any consumer, and a consumer passes a tile's slots only after it has read
+the tile's entry.
+
+The counter starts at zero and is zero again afterwards: every tile that is computed is followed by one draw, so the
+last draw is the one that gets `total - 1`.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+# Triton 3.6 has the first, 3.7 the second.
+_sync = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+
+
+@gluon.jit
+def count_live(tile_expert, tiles):
+    """Tiles that have an expert: the unused ones, with -1, are the tail of the table."""
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    index = gl.arange(0, 1024, layout=layout)
+    seen = gl.zeros([1024], gl.int32, layout)
+    for first in range(0, tiles, 1024):
+        expert = gl.load(tile_expert + first + index, mask=first + index < tiles, other=-1)
+        seen += (expert >= 0).to(gl.int32)
+    return gl.sum(seen, axis=0)
+
+
+@gluon.jit
+def make_queue(table, ticket, tiles, n_tiles, STAGES: gl.constexpr):
+    """table: (tile_expert, tile_start, starts, ends), ticket: the counter, n_tiles: tiles of columns of a tile of rows.
+
+    Made before the partitions are, by all warps.
+    """
+    LENGTH: gl.constexpr = 2 * STAGES
+    entries = gl.allocate_shared_memory(gl.int32, [LENGTH, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    known = gl.allocate_shared_memory(gl.int64, [LENGTH, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(LENGTH):
+        mbarrier.init(known.index(i), count=1)
+    fence_async_shared()
+    return entries, known, table, ticket, count_live(table[0], tiles) * n_tiles, n_tiles
+
+
+@gluon.jit
+def locate(queue, tile, BM: gl.constexpr, GROUP_M: gl.constexpr):
+    """(expert, tile of columns, first position, positions) of a tile; expert -1 behind the last.
+
+    An expert's tiles are neighbors: all its rows, GROUP_M tiles at most, under one tile of columns after the other.
+    """
+    table, total, n_tiles = queue[2], queue[4], queue[5]
+    tile_expert, tile_start, starts, ends = table
+    safe = gl.maximum(gl.minimum(tile, total - 1), 0)
+    some = safe // n_tiles
+    expert = gl.maximum(gl.load(tile_expert + some), 0)
+    at = gl.load(tile_start + some)
+    begin, end = gl.load(starts + expert), gl.load(ends + expert)
+    first = some - (at - begin) // BM
+    own = gl.maximum(gl.cdiv(end - begin, BM), 1)
+    size = gl.cdiv(own, gl.cdiv(own, GROUP_M))
+    within = safe - first * n_tiles
+    group = within // (size * n_tiles)
+    within -= group * size * n_tiles
+    rows = gl.minimum(own - group * size, size)
+    start = begin + (group * size + within % rows) * BM
+    return gl.where(tile < total, expert, -1), within // rows, start, gl.minimum(end - start, BM)
+
+
+@gluon.jit
+def tell(queue, turn, entry):
+    """The scheduler writes the entry of its `turn`-th tile."""
+    entries, known = queue[0], queue[1]
+    LENGTH: gl.constexpr = entries.shape[0]
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    index = gl.arange(0, 4, layout=layout)
+    low = gl.where(index == 0, entry[0], entry[1])
+    high = gl.where(index == 2, entry[2], entry[3])
+    entries.index(turn % LENGTH).store(gl.where(index < 2, low, high))
+    _sync()
+    mbarrier.arrive(known.index(turn % LENGTH), count=1)
+
+
+@gluon.jit
+def hear(queue, turn):
+    """Everybody else reads the entry of the CTA's `turn`-th tile, once it is there."""
+    entries, known = queue[0], queue[1]
+    LENGTH: gl.constexpr = entries.shape[0]
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    mbarrier.wait(known.index(turn % LENGTH), (turn // LENGTH) & 1)
+    entry = entries.index(turn % LENGTH).load(layout)
+    index = gl.arange(0, 4, layout=layout)
+    expert = gl.sum(gl.where(index == 0, entry, 0), axis=0)
+    n = gl.sum(gl.where(index == 1, entry, 0), axis=0)
+    start = gl.sum(gl.where(index == 2, entry, 0), axis=0)
+    count = gl.sum(gl.where(index == 3, entry, 0), axis=0)
+    return expert, n, start, count
+
+
+@gluon.jit
+def draw(queue, wanted):
+    """Ask for the next tile, and do not wait: a number in the first thread, which `drawn` reads."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    lane = gl.arange(0, 32 * gl.num_warps(), layout=layout)
+    return gl.atomic_add(queue[3] + lane * 0, gl.full(lane.shape, 1, gl.int32, layout), mask=(lane == 0) & wanted,
+                         sem="relaxed")  # fmt: skip
+
+
+@gluon.jit
+def drawn(queue, number):
+    """The tile that was drawn; the last one to draw in this launch puts the counter back."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    lane = gl.arange(0, 32 * gl.num_warps(), layout=layout)
+    gl.store(queue[3] + lane * 0, gl.zeros(lane.shape, gl.int32, layout),
+             mask=(lane == 0) & (number == queue[4] - 1))  # fmt: skip
+    return gl.num_programs(0) + gl.sum(gl.where(lane == 0, number, 0), axis=0)
