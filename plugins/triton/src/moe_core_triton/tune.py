@@ -40,8 +40,9 @@ ROTATION: Final = 240e6
 MOST_SETS, MANY_TOKENS = 16, 512
 #: Calls in a graph of few tokens; microseconds of replays that are enough, and how many.
 CALLS, ENOUGH_US, READINGS = 8, 15_000.0, 7
-#: With many tokens the device rests before a replay, so many times as long as one takes, at most so many seconds: at its
-#: power limit (an H200 that multiplies without a break: 683 TFLOP/s instead of 805) clocks are compared, not kernels.
+#: With many tokens the device rests before a replay, so many times as long as one takes, at most so many seconds. At
+#: its power limit (an H200 that multiplies without a break: 683 TFLOP/s instead of 805) clocks are compared, not
+#: kernels.
 REST, MOST_REST = 3.0, 0.05
 #: Clock cycles that the device spins before a replay, while the host enqueues it.
 SPIN: Final = 150_000
