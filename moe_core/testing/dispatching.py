@@ -101,6 +101,10 @@ class _RowDispatcher:
 class BatchedDispatcher(_RowDispatcher):
     """`batched`: [E_local, M, H] with M from the shapes alone, so that nothing waits for the device."""
 
+    def __init__(self, binding: Binding) -> None:
+        super().__init__(binding)
+        self._agreed = agreed_ids(binding)
+
     def dispatch(self, hidden: Tensor, topk: TopKOutput, state: RunningState) -> BatchedDispatchOutput:
         """Slot i of expert e goes to row (e, i)."""
         experts = self._experts(topk)
@@ -115,7 +119,7 @@ class BatchedDispatcher(_RowDispatcher):
             counts.to(torch.int32),
             expected_m=max(1, experts.shape[0] // count),
             hidden_scale=None if scale is None else spread(scale, where, count * m).reshape(count, m, -1),
-            topk_ids=agreed_ids(topk.topk_ids, self._binding),
+            topk_ids=self._agreed[topk.topk_ids.long()],
             topk_weights=topk.topk_weights,
             row_weights=None if weights is None else weights.reshape(count, m),
             handle=self._handle(where, live, topk, state),
@@ -215,15 +219,18 @@ def spread(rows: Tensor, where: Tensor, total: int) -> Tensor:
     return out[:-1].view(rows.dtype)
 
 
-def agreed_ids(ids: Tensor, binding: Binding) -> Tensor:
-    """Global ids [T, K] in the agreed id space, encoding and dtype."""
+def agreed_ids(binding: Binding) -> Tensor:
+    """[E + 1] in the agreed dtype: the agreed id of each global one, and at the end that of a dropped slot.
+
+    For the factory: a dispatch that copied this from the host could not be captured in a graph.
+    """
     terms, experts = binding.terms, binding.config.num_experts
     if terms is None:
         raise TypeError("a dispatcher is bound with terms")
     table = expert_map(binding).long()
     count = binding.num_local_experts
     if terms.id_space is IdSpace.GLOBAL:
-        table, count = torch.arange(experts, device=ids.device), experts
+        table, count = torch.arange(experts, device=binding.device), experts
     dropped = count if terms.dropped is DroppedSlot.SINK else -1
     table = torch.cat([torch.where(table < 0, dropped, table), table.new_full((1,), dropped)])
-    return table[ids.long()].to(getattr(torch, terms.ids_dtype))
+    return table.to(getattr(torch, terms.ids_dtype))

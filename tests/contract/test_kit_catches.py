@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,13 +13,18 @@ from typing import Any
 import pytest
 import torch
 
+import moe_core
 from moe_core.capability import Reason, Support
+from moe_core.config import MoeConfig
 from moe_core.formats import StandardCombineInput
 from moe_core.protocols import RunnerHooks
 from moe_core.registry import Registry
 from moe_core.runners import reference
 from moe_core.runners.cpu import runner as cpu
-from moe_core.testing import fake_plugin, run_checks, runner_like
+from moe_core.settings import Settings
+from moe_core.testing import fake_plugin, make_layer, run_checks, runner_like
+from moe_core.testing.checks.overhead import python_frames
+from moe_core.testing.dispatchers import plugin as testing_plugin
 from moe_core.testing.profile import ConformanceProfile
 from moe_core.vocabulary import Maturity
 
@@ -209,15 +216,44 @@ def test_update_that_does_nothing() -> None:
     failed("weights.update[bf16]", update=lambda quant_info, weights, binding: None)
 
 
-def test_too_many_frames() -> None:
+def test_too_many_frames_of_the_plugin() -> None:
     class Deep(cpu.CpuRunner):
         def run(self, *arguments: Any) -> Any:
-            return self._deeper(8, arguments)
+            return self._deeper(40, arguments)
 
         def _deeper(self, depth: int, arguments: tuple[Any, ...]) -> Any:
             return self._deeper(depth - 1, arguments) if depth else super().run(*arguments)
 
-    assert "at most 12" in failed("overhead.frames[standard/split]", base="cpu", factory=Deep)
+    assert "42 frames of the plugin, at most 40" in failed("overhead.frames[standard/split]", base="cpu", factory=Deep)
+
+
+def test_too_many_frames_of_the_framework() -> None:
+    class Roundabout(cpu.CpuRunner):
+        def run(self, *arguments: Any) -> Any:
+            for _ in range(12):
+                RunnerHooks()
+            return super().run(*arguments)
+
+    detail = failed("overhead.frames[standard/split]", base="cpu", factory=Roundabout)
+    assert "frames of moe_core, at most 12" in detail
+    assert "1 frames of the plugin, at most 40" in detail
+
+
+def test_what_the_kits_dispatchers_call_is_not_the_frameworks() -> None:
+    config = MoeConfig(num_experts=4, top_k=2, hidden_size=64, intermediate_size=32, dtype="float32")
+    layer, registry = make_layer(config), Registry(plugins=[testing_plugin], autoload=False)
+    counted = {}
+    for name in ("standard", "testing_standard"):
+        settings = Settings(runner="cpu", dispatcher=name, path="split")
+        plan = moe_core.plan(config, layer.weights, registry=registry, settings=settings)
+        counted[name] = python_frames(lambda plan=plan: plan(layer.hidden, layer.topk), {"moe_core"}).core
+    inner = "moe_core.dispatchers.standard.StandardDispatcher.dispatch"  # the kit's calls the core's
+    assert inner in counted["standard"]
+    assert inner not in counted["testing_standard"]
+    for name, frames in counted.items():
+        # What comes before and after the kit's frames counts.
+        assert "moe_core.moe_plan.MoePlan.__call__" in frames, name
+        assert any(frame.endswith("CpuRunner.run") for frame in frames), name
 
 
 def test_logging_in_a_forward() -> None:
@@ -227,6 +263,45 @@ def test_logging_in_a_forward() -> None:
             return super().run(*arguments)
 
     assert "logging" in failed("overhead.modules[standard/fused]", base="cpu", factory=Chatty)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda: os.environ.get("ACME"), lambda: os.getenv("ACME"), lambda: os.environ["PATH"]]
+)
+def test_environment_read_in_a_forward(read: Callable[[], Any]) -> None:
+    class Curious(cpu.CpuRunner):
+        def run(self, *arguments: Any) -> Any:
+            read()
+            return super().run(*arguments)
+
+    detail = failed("overhead.modules[standard/split]", base="cpu", factory=Curious)
+    assert f"os (by {__name__}." in detail
+
+
+def test_import_in_a_forward() -> None:
+    class Late(cpu.CpuRunner):
+        def run(self, *arguments: Any) -> Any:
+            sys.modules.pop("colorsys", None)
+            import colorsys  # noqa: F401
+
+            return super().run(*arguments)
+
+    assert "importlib" in failed("overhead.modules[standard/split]", base="cpu", factory=Late)
+
+
+def test_a_library_that_reads_the_environment_is_not_the_plugins_fault() -> None:
+    # As Triton's launcher does.
+    library: dict[str, Any] = {"__name__": "somebody.launcher", "os": os}
+    exec("def launch():\n    return os.environ.get('SOMEBODY'), os.getenv('SOMEBODY')", library)
+
+    class Launching(cpu.CpuRunner):
+        def run(self, *arguments: Any) -> Any:
+            library["launch"]()
+            return super().run(*arguments)
+
+    plugin = fake_plugin("acme", **runner_like("cpu", "acme", formats=STANDARD, factory=Launching))
+    results = run_checks("acme", registry=Registry(plugins=[plugin], autoload=False), select="overhead.modules")
+    assert [r.outcome for r in results if r.component == "runner:acme"] == ["passed", "passed"]
 
 
 def test_deterministic_lie() -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import moe_core
 from moe_core.config import MoeConfig
+from moe_core.dispatchers.standard import expert_map
+from moe_core.formats import BatchedCombineInput, GroupedCombineInput, StandardCombineInput
 from moe_core.protocols import RunningState
 from moe_core.registry import Registry
 from moe_core.testing import make_layer
-from moe_core.testing.dispatchers import plugin
+from moe_core.testing.dispatchers import TESTING_BATCHED, plugin
 from moe_core.testing.dispatching import ALIGNMENT, spread
 from moe_core.testing.layers import Layer
 from moe_core.topk import TopKOutput
@@ -20,6 +25,11 @@ from moe_core.vocabulary import Step
 
 CONFIG = MoeConfig(num_experts=4, top_k=2, hidden_size=64, intermediate_size=32, dtype="float32")
 REGISTRY = Registry(plugins=[plugin], autoload=False)
+COMBINE: dict[str, Any] = {
+    "standard": StandardCombineInput,
+    "batched": BatchedCombineInput,
+    "grouped": GroupedCombineInput,
+}
 
 
 def dispatched(format_id: str, config: MoeConfig = CONFIG, **request: Any) -> tuple[Any, Layer, Any]:
@@ -94,6 +104,44 @@ def test_output_tensor_travels_with_the_handle(format_id: str) -> None:
     state = RunningState(output=buffer)
     assert plan(layer.hidden, layer.topk, state=state) is buffer
     assert torch.equal(buffer, plan(layer.hidden, TopKOutput(layer.topk.topk_ids, layer.topk.topk_weights)))
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Refuses every tensor that is not on the device `meta`, which has no values to wait for either.
+
+    A graph that captures on a GPU refuses the same: a copy from the host, and whatever reads a value.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, result)):
+            assert not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta", func
+        return result
+
+
+PAYLOADS = sorted(TESTING_BATCHED.offers["batched"].payloads)
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("format_id", ["standard", "batched", "grouped"])
+def test_a_dispatch_can_be_captured(format_id: str, payload: str) -> None:
+    d, layer, plan = dispatched(format_id, CONFIG.replace(hidden_size=128))
+    given = plan.dispatcher._binding
+    terms = replace(given.terms, payload=payload, extras=given.terms.extras - {"host_counts"})
+    binding = replace(given, device=torch.device("meta"), terms=terms)
+    dispatcher, hidden = type(plan.dispatcher)(binding), layer.hidden.to("meta")
+    topk = TopKOutput(layer.topk.topk_ids.to("meta"), layer.topk.topk_weights.to("meta"))
+    rows = torch.empty(d.hidden_states.shape, dtype=layer.hidden.dtype, device="meta")
+    with NothingFromTheHost():
+        found = dispatcher.dispatch(hidden, topk, RunningState())
+        result = dispatcher.combine(COMBINE[format_id](rows, handle=found.handle), RunningState())
+    assert result.shape == layer.hidden.shape
+
+
+def test_a_copy_from_the_host_would_be_noticed() -> None:
+    given = dispatched("batched")[2].dispatcher._binding
+    with NothingFromTheHost(), pytest.raises(AssertionError):
+        expert_map(replace(given, device=torch.device("meta")))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8, torch.int32, torch.bfloat16])

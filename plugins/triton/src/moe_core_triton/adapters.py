@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from moe_core.config import MoeConfig
 from moe_core.errors import ContractViolation
@@ -26,7 +26,7 @@ from moe_core_triton.weights import TritonWeights
 
 def _standard_rows(d: StandardDispatchOutput, mapped: bool, weighs: bool) -> ExpertRows:
     if weighs and d.topk_weights is None:
-        raise ContractViolation("the runner multiplies by the router's weight, but the standard rows carry none")
+        raise _no_row_weights("standard")
     if d.topk_ids is None:
         raise ContractViolation("the triton runner needs top-k ids, but the router was bypassed")
     return ExpertRows(
@@ -47,8 +47,7 @@ def _mapped(binding: Binding) -> bool:
 
 def standard_reader(binding: Binding) -> Callable[[StandardDispatchOutput], ExpertRows]:
     """What `LayerSequence.prepare` takes, from a dispatch output of the format `standard`."""
-    mapped, weighs = _mapped(binding), _weighs(binding)
-    return lambda d: _standard_rows(d, mapped, weighs)
+    return partial(_standard_rows, mapped=_mapped(binding), weighs=_weighs(binding))
 
 
 def pre_standard(binding: Binding) -> Callable[..., Call]:
@@ -88,7 +87,8 @@ def pre_batched(binding: Binding) -> Callable[..., Call]:
     layer, weighs = LayerSequence(binding), _weighs(binding)
 
     def pre(d: BatchedDispatchOutput, q: TritonWeights, c: MoeConfig, s: RunningState) -> Call:
-        _need_row_weights(weighs, d.row_weights, "batched")
+        if weighs and d.row_weights is None:
+            raise _no_row_weights("batched")
         experts, m = d.hidden_states.shape[:2]
         starts = torch.arange(0, experts * m, m, device=d.masked_m.device, dtype=torch.int32) if m else d.masked_m
         usual = m if d.expected_m is None else d.expected_m
@@ -124,7 +124,8 @@ def pre_grouped(binding: Binding) -> Callable[..., Call]:
     layer, weighs = LayerSequence(binding), _weighs(binding)
 
     def pre(d: GroupedDispatchOutput, q: TritonWeights, c: MoeConfig, s: RunningState) -> Call:
-        _need_row_weights(weighs, d.row_weights, "grouped")
+        if weighs and d.row_weights is None:
+            raise _no_row_weights("grouped")
         rows = ExpertRows(
             d.hidden_states,
             tokens=max(1, d.hidden_states.shape[0] // c.top_k),
@@ -154,6 +155,5 @@ def _weighs(binding: Binding) -> bool:
     return binding.terms is not None and binding.terms.runner_does(Step.ROUTER_WEIGHT)
 
 
-def _need_row_weights(weighs: bool, weights: Tensor | None, format_id: str) -> None:
-    if weighs and weights is None:
-        raise ContractViolation(f"the runner multiplies by the router's weight, but the {format_id} rows carry none")
+def _no_row_weights(format_id: str) -> ContractViolation:
+    return ContractViolation(f"the runner multiplies by the router's weight, but the {format_id} rows carry none")

@@ -13,11 +13,8 @@ class Planner:
     def __init__(self, binding: Binding) -> None:
         self._configs = bound(binding)
         self._fixed: LayerConfig | None = None
-
-    @property
-    def specialized(self) -> bool:
-        """Whether the layer may run the warp-specialized kernels."""
-        return self._configs.problem.specialized
+        #: Whether the layer may run the warp-specialized kernels.
+        self.specialized = self._configs.problem.specialized
 
     def __call__(self, tokens: int) -> LayerConfig:
         """The configuration for a call of `tokens` tokens."""

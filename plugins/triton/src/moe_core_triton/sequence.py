@@ -27,6 +27,9 @@ from moe_core_triton.products import Epilogue, Rows, grouped_product
 from moe_core_triton.row_table import RowTable, most_tiles
 from moe_core_triton.weights import Projection, TritonWeights
 
+#: Of a call without hooks; nobody changes it.
+_NO_HOOKS = RunnerHooks()
+
 
 def _takes_rows(given: Tensor) -> bool:
     """Whether kernels can write rows there: any row stride, but columns side by side, and slots as rows."""
@@ -72,10 +75,12 @@ class LayerSequence:
 
     def _specializes(self, rows: ExpertRows, weights: TritonWeights, state: RunningState) -> bool:
         """Whether the specialized kernels compute this call: the layer is one of theirs, no hook, readable memory."""
-        pair = weights.up, weights.down
-        if not self.planner.specialized or state.hooks is not None or any(w.pack not in hopper.PACKS for w in pair):
+        up, down = weights.up, weights.down
+        if not self.planner.specialized or state.hooks is not None:
             return False
-        aligned = all(w.data.data_ptr() % 16 == 0 for w in pair)
+        if up.pack not in hopper.PACKS or down.pack not in hopper.PACKS:
+            return False
+        aligned = up.data.data_ptr() % 16 == 0 and down.data.data_ptr() % 16 == 0
         return aligned and hopper.reads(rows.data, gathered=rows.ids is not None)
 
     def _table(self, rows: ExpertRows, block_m: int) -> RowTable:
@@ -100,7 +105,7 @@ class LayerSequence:
             return self._nothing(call, state)
         if call.table is None:
             return decode_layer(self, call, weights, state)
-        hooks = state.hooks or RunnerHooks()
+        hooks = state.hooks or _NO_HOOKS
         hidden = self._up(call, weights, hooks)
         self._down(call, hidden, weights.down, hooks, state)
         return call
@@ -183,7 +188,7 @@ class LayerSequence:
             whole = self.output(rows, state).zero_()
             out = whole.view(-1, w.n) if whole.is_contiguous() else whole
         else:
-            out = self._rows(table.positions, w.n, call)
+            out = torch.empty(table.positions, w.n, dtype=self.dtype, device=rows.data.device)
         given = Epilogue(weigh=weighing, weights=flat, factor=self.factor, scatter=by_slot)
         grouped_product(hidden, w, table, out, given, config, prefetch=not hooked)
         call.weighed = not hooked
@@ -198,15 +203,13 @@ class LayerSequence:
 
     def finish(self, call: Call, state: RunningState) -> Tensor:
         """The sum over slots, and the router weight where a hook kept it out of GEMM2. [T, H], [T, K, H] or [R, H]."""
-        result = self._finished(call, state)
+        result = call.result if call.complete else self._summed(call, state)
         if state.output is None or call.rows.ids is None or result is state.output:
             return result
         return state.output.copy_(result)
 
-    def _finished(self, call: Call, state: RunningState) -> Tensor:
+    def _summed(self, call: Call, state: RunningState) -> Tensor:
         rows = call.rows
-        if call.complete:
-            return call.result
         weights = None if call.weighed or not self.weigh else rows.weights
         factor = 1.0 if call.weighed else self.factor
         if rows.ids is None:
