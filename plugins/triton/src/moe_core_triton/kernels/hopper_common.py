@@ -58,14 +58,17 @@ def make_ring(dtype: gl.constexpr, PARTS: gl.constexpr, BN: gl.constexpr, BK: gl
 
 
 @gluon.jit
-def _load_weights(w_desc, ready, slot, row, k, inter, GATED: gl.constexpr):
-    """Rows of the weights from `row`; GATED: the slot's first half from there, the second from `inter` rows on."""
+def load_weights(w_desc, ready, slot, row, k, inter, COLUMNS: gl.constexpr, GATED: gl.constexpr):
+    """COLUMNS rows of the weights from `row`; GATED: half of them from there, the others from `inter` rows on."""
+    SIZE: gl.constexpr = w_desc.block_type.shape[0]
+    PART: gl.constexpr = COLUMNS // 2 if GATED else COLUMNS
+    for i in gl.static_range(PART // SIZE):
+        tma.async_copy_global_to_shared(w_desc, [row + i * SIZE, k], ready, slot.slice(i * SIZE, SIZE))
     if GATED:
-        HALF: gl.constexpr = slot.shape[0] // 2
-        tma.async_copy_global_to_shared(w_desc, [row, k], ready, slot.slice(0, HALF))
-        tma.async_copy_global_to_shared(w_desc, [row + inter, k], ready, slot.slice(HALF, HALF))
-    else:
-        tma.async_copy_global_to_shared(w_desc, [row, k], ready, slot)
+        for i in gl.static_range(PART // SIZE):
+            tma.async_copy_global_to_shared(
+                w_desc, [row + inter + i * SIZE, k], ready, slot.slice(PART + i * SIZE, SIZE)
+            )
 
 
 @gluon.jit
@@ -77,23 +80,34 @@ def rows_from(slots, start, count, x_stride, rows, cols, PART: gl.constexpr, TOP
 
 
 @gluon.jit
-def copy_rows(x, offsets, k, cols, K, piece, EVEN_K: gl.constexpr):
-    """One step of K of a piece. The pointers are made here: sixteen registers more would be spilled ones."""
-    if EVEN_K:
-        async_copy.async_copy_global_to_shared(piece, x + (offsets + k))
-    else:
-        inside = gl.expand_dims(k + cols < K, 0).broadcast_to(offsets.shape)
-        async_copy.async_copy_global_to_shared(piece, x + (offsets + k), mask=inside)
+def copy_rows(x, offsets, k, rows, count, cols, K, piece, PART: gl.constexpr, EVEN_K: gl.constexpr):
+    """One step of K of a piece; rows that do not exist are zeros, which cost no traffic.
+
+    Pointers and masks are made here: what they take in registers would be spilled.
+    """
+    inside = gl.expand_dims(PART * rows.shape[0] + rows < count, 1)
+    if not EVEN_K:
+        inside = inside & gl.expand_dims(k + cols < K, 0)
+    inside = inside.broadcast_to(offsets.shape)
+    async_copy.async_copy_global_to_shared(piece, x + (offsets + k), mask=inside)
 
 
 @gluon.jit
-def produce_gathered(ring, queue, given, w_desc, span, TOP_K: gl.constexpr, EVEN_K: gl.constexpr,
-                     GROUP_M: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
-    """Gathered rows of x, and gate and up rows of an expert for the same columns of h. The scheduler, too."""
+def first_row(entry, size, BN: gl.constexpr, GATED: gl.constexpr, TAIL: gl.constexpr):
+    """Of the weights of a tile (the first one of its gate); see `hopper_queue.locate` for TAIL."""
+    COLUMNS: gl.constexpr = BN // 2 if GATED else BN
+    expert, place, _, _ = entry
+    column = (place >> 2) * COLUMNS + (place & 2) * (COLUMNS // 4) if TAIL else place * COLUMNS
+    return expert * (2 * size) + column if GATED else expert * size + column
+
+
+@gluon.jit
+def gather_tile(ring, it, entry, rows, w_desc, span, TOP_K: gl.constexpr, EVEN_K: gl.constexpr, STAGES: gl.constexpr,
+                PARTS: gl.constexpr, COLUMNS: gl.constexpr, TAIL: gl.constexpr):  # fmt: skip
+    """All steps of a tile of COLUMNS: gathered rows of x, gate and up rows; the slots' counter behind them."""
     a_ring, b_ring, full, empty = ring
-    slots, x, x_stride = given
+    slots, x, x_stride = rows
     inter, K = span
-    BN: gl.constexpr = b_ring.shape[1]
     BK: gl.constexpr = a_ring.shape[2]
     BYTES: gl.constexpr = w_desc.dtype.primitive_bitwidth // 8
     VEC: gl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
@@ -101,33 +115,45 @@ def produce_gathered(ring, queue, given, w_desc, span, TOP_K: gl.constexpr, EVEN
     # two bytes at a time, which does not compile.
     x_stride, K = x_stride // VEC * VEC, K // VEC * VEC
     layout: gl.constexpr = gl.BlockedLayout([1, VEC], [32 * VEC // BK, BK // VEC], [gl.num_warps(), 1], [1, 0])
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    lines = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     cols = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
+    _, _, start, count = entry
+    first = rows_from(slots, start, count, x_stride, lines, cols, 0, TOP_K)
+    second = rows_from(slots, start, count, x_stride, lines, cols, 1, TOP_K)
+    third = rows_from(slots, start, count, x_stride, lines, cols, PARTS - 1, TOP_K)
+    row = first_row(entry, inter, b_ring.shape[1], True, TAIL)
+    for k in range(0, K, BK):
+        stage = it % STAGES
+        mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
+        ready = full.index(stage)
+        mbarrier.expect(ready, COLUMNS * BK * BYTES)
+        load_weights(w_desc, ready, b_ring.index(stage), row, k, inter, COLUMNS, True)
+        copy_rows(x, first, k, lines, count, cols, K, a_ring.index(stage * PARTS), 0, EVEN_K)
+        if count > ROWS:
+            copy_rows(x, second, k, lines, count, cols, K, a_ring.index(stage * PARTS + 1), 1, EVEN_K)
+        if PARTS == 3:
+            if count > 2 * ROWS:
+                copy_rows(x, third, k, lines, count, cols, K, a_ring.index(stage * PARTS + 2), 2, EVEN_K)
+        async_copy.mbarrier_arrive(ready, increment_count=False)
+        it += 1
+    return it
+
+
+@gluon.jit
+def produce_gathered(ring, queue, rows, w_desc, span, TOP_K: gl.constexpr, EVEN_K: gl.constexpr, GROUP_M: gl.constexpr,
+                     STAGES: gl.constexpr, PARTS: gl.constexpr, TAIL: gl.constexpr):  # fmt: skip
+    """Gathered rows of x, and gate and up rows of an expert for the same columns of h. The scheduler, too."""
+    BN: gl.constexpr = ring[1].shape[1]
     it, turn = 0, 0
     tile = gl.program_id(0)
     while tile < queue[4]:
-        entry = locate(queue, tile, PARTS * ROWS, GROUP_M)
+        entry = locate(queue, tile, PARTS * ROWS, GROUP_M, TAIL)
         tell(queue, turn, entry)
         number = draw(queue, True)
-        expert, n, start, count = entry
-        first = rows_from(slots, start, count, x_stride, rows, cols, 0, TOP_K)
-        second = rows_from(slots, start, count, x_stride, rows, cols, 1, TOP_K)
-        third = rows_from(slots, start, count, x_stride, rows, cols, PARTS - 1, TOP_K)
-        gate_row = expert * (2 * inter) + n * (BN // 2)
-        for k in range(0, K, BK):
-            stage = it % STAGES
-            mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
-            ready = full.index(stage)
-            mbarrier.expect(ready, BN * BK * BYTES)
-            _load_weights(w_desc, ready, b_ring.index(stage), gate_row, k, inter, True)
-            copy_rows(x, first, k, cols, K, a_ring.index(stage * PARTS), EVEN_K)
-            if count > ROWS:
-                copy_rows(x, second, k, cols, K, a_ring.index(stage * PARTS + 1), EVEN_K)
-            if PARTS == 3:
-                if count > 2 * ROWS:
-                    copy_rows(x, third, k, cols, K, a_ring.index(stage * PARTS + 2), EVEN_K)
-            async_copy.mbarrier_arrive(ready, increment_count=False)
-            it += 1
+        if TAIL and entry[1] & 1:
+            it = gather_tile(ring, it, entry, rows, w_desc, span, TOP_K, EVEN_K, STAGES, PARTS, BN // 2, TAIL)
+        else:
+            it = gather_tile(ring, it, entry, rows, w_desc, span, TOP_K, EVEN_K, STAGES, PARTS, BN, TAIL)
         turn += 1
         tile = drawn(queue, number)
     tell(queue, turn, (-1, 0, 0, 0))
@@ -135,45 +161,48 @@ def produce_gathered(ring, queue, given, w_desc, span, TOP_K: gl.constexpr, EVEN
 
 @gluon.jit
 def produce_rows(ring, queue, a_desc, w_desc, span, GATED: gl.constexpr, GROUP_M: gl.constexpr,
-                 STAGES: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
+                 STAGES: gl.constexpr, PARTS: gl.constexpr, TAIL: gl.constexpr):  # fmt: skip
     """Positions, which are contiguous, as far as the tile has any, and rows of weights. The scheduler, too."""
+    BN: gl.constexpr = ring[1].shape[1]
     it, turn = 0, 0
     tile = gl.program_id(0)
     while tile < queue[4]:
-        entry = locate(queue, tile, PARTS * ROWS, GROUP_M)
+        entry = locate(queue, tile, PARTS * ROWS, GROUP_M, TAIL)
         tell(queue, turn, entry)
         number = draw(queue, True)
-        it = produce_tile(ring, it, entry, a_desc, w_desc, span, True, GATED, STAGES, PARTS)
+        row = first_row(entry, span[0], BN, GATED, TAIL)
+        if TAIL and entry[1] & 1:
+            it = produce_tile(ring, it, entry, row, a_desc, w_desc, span, True, GATED, STAGES, PARTS, BN // 2)
+        else:
+            it = produce_tile(ring, it, entry, row, a_desc, w_desc, span, True, GATED, STAGES, PARTS, BN)
         turn += 1
         tile = drawn(queue, number)
     tell(queue, turn, (-1, 0, 0, 0))
 
 
 @gluon.jit
-def produce_tile(ring, it, entry, a_desc, w_desc, span, HAS_ROWS: gl.constexpr, GATED: gl.constexpr,
-                 STAGES: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
-    """All steps of a tile by TMA, without its rows unless HAS_ROWS; the counter behind them."""
+def produce_tile(ring, it, entry, row, a_desc, w_desc, span, HAS_ROWS: gl.constexpr, GATED: gl.constexpr,
+                 STAGES: gl.constexpr, PARTS: gl.constexpr, COLUMNS: gl.constexpr):  # fmt: skip
+    """All steps of a tile of COLUMNS by TMA, without its rows unless HAS_ROWS; the slots' counter behind them."""
     a_ring, b_ring, full, empty = ring
-    expert, n, start, count = entry
+    _, _, start, count = entry
     size, K = span
-    BN: gl.constexpr = b_ring.shape[1]
     BK: gl.constexpr = a_ring.shape[2]
     BYTES: gl.constexpr = w_desc.dtype.primitive_bitwidth // 8
     pieces = gl.cdiv(count, ROWS)
-    row = expert * (2 * size) + n * (BN // 2) if GATED else expert * size + n * BN
     for k in range(0, K, BK):
         stage = it % STAGES
         mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
         ready = full.index(stage)
         if HAS_ROWS:
             for part in gl.static_range(PARTS):
-                mbarrier.expect(ready, (BN + (part + 1) * ROWS) * BK * BYTES, pred=pieces == part + 1)
+                mbarrier.expect(ready, (COLUMNS + (part + 1) * ROWS) * BK * BYTES, pred=pieces == part + 1)
             for part in gl.static_range(PARTS):
                 piece = a_ring.index(stage * PARTS + part)
                 tma.async_copy_global_to_shared(a_desc, [start + part * ROWS, k], ready, piece, pred=part < pieces)
         else:
-            mbarrier.expect(ready, BN * BK * BYTES)
-        _load_weights(w_desc, ready, b_ring.index(stage), row, k, size, GATED)
+            mbarrier.expect(ready, COLUMNS * BK * BYTES)
+        load_weights(w_desc, ready, b_ring.index(stage), row, k, size, COLUMNS, GATED)
         it += 1
     return it
 

@@ -31,6 +31,7 @@ from moe_core_triton.kernels.hopper_common import (
     acc_layout,
     copy_rows,
     descriptor,
+    first_row,
     make_ring,
     pass_on,
     produce_tile,
@@ -104,17 +105,19 @@ def _schedule(ring, queue, rows_desc, w_desc, span, HAS_ROWS: gl.constexpr, GATE
 
     It tells of a tile when it begins the one before: consumers load a tile's slots and scales beside their products.
     """
+    BN: gl.constexpr = ring[1].shape[1]
     tile = gl.program_id(0)
-    here = locate(queue, tile, PARTS * ROWS, GROUP_M)
+    here = locate(queue, tile, PARTS * ROWS, GROUP_M, False)
     tell(queue, 0, here)
     number = draw(queue, tile < queue[4])
     it, turn = 0, 0
     while tile < queue[4]:
         after = drawn(queue, number)
-        there = locate(queue, after, PARTS * ROWS, GROUP_M)
+        there = locate(queue, after, PARTS * ROWS, GROUP_M, False)
         tell(queue, turn + 1, there)
         number = draw(queue, after < queue[4])
-        it = produce_tile(ring, it, here, rows_desc, w_desc, span, HAS_ROWS, GATED, STAGES, PARTS)
+        row = first_row(here, span[0], BN, GATED, False)
+        it = produce_tile(ring, it, here, row, rows_desc, w_desc, span, HAS_ROWS, GATED, STAGES, PARTS, BN)
         here, tile = there, after
         turn += 1
 
@@ -137,9 +140,9 @@ def _gather(ring, queue, given, K, TOP_K: gl.constexpr, STAGES: gl.constexpr):
         for k in range(0, K, BK):
             stage = it % STAGES
             mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
-            copy_rows(x, first, k, cols, K, a_ring.index(stage * PARTS), True)
+            copy_rows(x, first, k, rows, count, cols, K, a_ring.index(stage * PARTS), 0, True)
             if count > ROWS:
-                copy_rows(x, second, k, cols, K, a_ring.index(stage * PARTS + 1), True)
+                copy_rows(x, second, k, rows, count, cols, K, a_ring.index(stage * PARTS + 1), 1, True)
             async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
             it += 1
         turn += 1
@@ -244,7 +247,7 @@ def up_fp8_kernel(x, x_stride, x_desc, x_scale, x_scale_stride, w_desc, w_scale,
                   ACT: gl.constexpr, HAS_LIMIT: gl.constexpr, HAS_SLOTS: gl.constexpr, TOP_K: gl.constexpr,
                   BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr):  # fmt: skip
     ring = make_ring(w_desc.dtype, PARTS, BN, BK, STAGES, 65 if HAS_SLOTS else 1)
-    queue = make_queue((tile_expert, tile_start, starts, ends), ticket, tiles, inter // (BN // 2), STAGES)
+    queue = make_queue((tile_expert, tile_start, starts, ends), ticket, tiles, inter // (BN // 2), STAGES, False)
     span = (inter, K)
     scales = (x_scale, x_scale_stride, w_scale)
     out = (h, h_stride, h_scale, h_scale_stride)
@@ -279,7 +282,7 @@ def down_fp8_kernel(h_desc, h_scale, h_scale_stride, w_desc, w_scale, y, y_strid
                     HAS_WEIGHTS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
                     GROUP_M: gl.constexpr):  # fmt: skip
     ring = make_ring(h_desc.dtype, PARTS, BN, BK, STAGES, 1)
-    queue = make_queue((tile_expert, tile_start, starts, ends), ticket, tiles, gl.cdiv(columns, BN), STAGES)
+    queue = make_queue((tile_expert, tile_start, starts, ends), ticket, tiles, gl.cdiv(columns, BN), STAGES, False)
     span = (columns, K)
     scales = (h_scale, h_scale_stride, w_scale)
     given = (ring, queue, slots, scales, row_weights, y, y_stride, span, factor)

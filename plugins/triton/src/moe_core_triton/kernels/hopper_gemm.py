@@ -42,17 +42,16 @@ STAGES = {128: 4, 192: 3}
 
 
 @gluon.jit
-def _multiply(ring, it, steps, PART: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
-              GATHERED: gl.constexpr):  # fmt: skip
-    """One consumer's rows of a tile: the left and the right half of its columns, [64, BN / 2] each, in float32.
+def _multiply(ring, it, steps, PART: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, GATHERED: gl.constexpr,
+              BN: gl.constexpr):  # fmt: skip
+    """One consumer's rows of a tile of BN columns: their left and their right half, [64, BN / 2] each, in float32.
 
     A slot's products run while the next slot is waited for. Two consumers take one instruction for both halves; with
     three a thread has 128 registers at the start of the kernel, and ptxas refuses an instruction that names more.
     """
     a_ring, b_ring, full, empty = ring
-    BN: gl.constexpr = b_ring.shape[1]
     HALF: gl.constexpr = BN // 2
-    WHOLE: gl.constexpr = PARTS == 2
+    WHOLE: gl.constexpr = PARTS == 2 or b_ring.shape[1] > BN
     whole = gl.zeros([ROWS, BN], gl.float32, acc_layout(BN, 16))
     left = gl.zeros([ROWS, HALF], gl.float32, acc_layout(HALF, 16))
     right = gl.zeros([ROWS, HALF], gl.float32, acc_layout(HALF, 16))
@@ -62,7 +61,7 @@ def _multiply(ring, it, steps, PART: gl.constexpr, PARTS: gl.constexpr, STAGES: 
         if GATHERED:  # cp.async wrote the rows: by the generic proxy, and wgmma reads by the other
             fence_async_shared()
         a = a_ring.index(stage * PARTS + PART)
-        b = b_ring.index(stage)
+        b = b_ring.index(stage) if b_ring.shape[1] == BN else b_ring.index(stage).slice(0, BN)
         if WHOLE:
             whole = warpgroup_mma(a, b.permute((1, 0)), whole, use_acc=step > 0, is_async=True)
             whole = warpgroup_mma_wait(1, deps=(whole,))
@@ -92,75 +91,96 @@ def _bias_of(row, first, size, COLS: gl.constexpr):
 
 
 @gluon.jit
-def _consume_up(given, PART: gl.constexpr, PARTS: gl.constexpr, ACT: gl.constexpr, HAS_LIMIT: gl.constexpr,
-                HAS_BIAS: gl.constexpr, STAGES: gl.constexpr, GATHERED: gl.constexpr):  # fmt: skip
-    ring, queue, bias, h, h_stride, span, act = given
-    inter, K = span
-    COLS: gl.constexpr = ring[1].shape[1] // 2
+def _tile_up(given, it, steps, entry, PART: gl.constexpr, PARTS: gl.constexpr, ACT: gl.constexpr,
+             HAS_LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, STAGES: gl.constexpr, GATHERED: gl.constexpr,
+             BN: gl.constexpr):  # fmt: skip
+    """A tile of BN columns, half of them of gate and half of up: BN / 2 of h."""
+    ring, _, bias, h, h_stride, span, act = given
+    expert, place, start, count = entry
+    inter = span[0]
+    COLS: gl.constexpr = BN // 2
     layout: gl.constexpr = store_layout(COLS, 16)
     rows = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    cols = gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
-    steps = gl.cdiv(K, ring[0].shape[2])
+    first = (place >> 2) * (ring[1].shape[1] // 2) + (place & 2) * (COLS // 2) if PARTS == 2 else place * COLS
+    gate, up = _multiply(ring, it, steps, PART, PARTS, STAGES, GATHERED, BN)
+    if HAS_BIAS:
+        gate += _bias_of(bias + expert * (2 * inter), first, inter, COLS)
+        up += _bias_of(bias + expert * (2 * inter) + inter, first, inter, COLS)
+    out = activate(gate, up, ACT, act[0], act[1], act[2], HAS_LIMIT)
+    out = gl.convert_layout(out.to(h.dtype.element_ty), layout)
+    column = first + gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
+    target = h + (start + rows).to(gl.int64)[:, None] * h_stride + column[None, :]
+    gl.store(target, out, mask=(rows < count)[:, None] & (column < inter)[None, :])
+
+
+@gluon.jit
+def _consume_up(given, PART: gl.constexpr, PARTS: gl.constexpr, ACT: gl.constexpr, HAS_LIMIT: gl.constexpr,
+                HAS_BIAS: gl.constexpr, STAGES: gl.constexpr, GATHERED: gl.constexpr):  # fmt: skip
+    ring, queue = given[0], given[1]
+    BN: gl.constexpr = ring[1].shape[1]
+    steps = gl.cdiv(given[5][1], ring[0].shape[2])
     it, turn = 0, 0
-    expert, n, start, count = hear(queue, 0)
-    while expert >= 0:
-        if count > PART * ROWS:
-            gate, up = _multiply(ring, it, steps, PART, PARTS, STAGES, GATHERED)
-            if HAS_BIAS:
-                gate += _bias_of(bias + expert * (2 * inter), n * COLS, inter, COLS)
-                up += _bias_of(bias + expert * (2 * inter) + inter, n * COLS, inter, COLS)
-            out = activate(gate, up, ACT, act[0], act[1], act[2], HAS_LIMIT)
-            out = gl.convert_layout(out.to(h.dtype.element_ty), layout)
-            column = n * COLS + cols
-            target = h + (start + rows).to(gl.int64)[:, None] * h_stride + column[None, :]
-            gl.store(target, out, mask=(rows < count)[:, None] & (column < inter)[None, :])
-        else:
+    entry = hear(queue, 0)
+    while entry[0] >= 0:
+        if entry[3] <= PART * ROWS:
             pass_on(ring, it, steps, STAGES)
+        elif PARTS == 2 and entry[1] & 1:  # of the halved ones at the end
+            _tile_up(given, it, steps, entry, PART, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, GATHERED, BN // 2)
+        else:
+            _tile_up(given, it, steps, entry, PART, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, GATHERED, BN)
         it += steps
         turn += 1
-        expert, n, start, count = hear(queue, turn)
+        entry = hear(queue, turn)
+
+
+@gluon.jit
+def _tile_down(given, it, steps, entry, PART: gl.constexpr, PARTS: gl.constexpr, HAS_SLOTS: gl.constexpr,
+               HAS_WEIGHTS: gl.constexpr, HAS_BIAS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    ring, _, slots, row_weights, bias, y, y_stride, span, scale = given
+    expert, n, start, count = entry
+    columns = span[0]
+    BN: gl.constexpr = ring[1].shape[1]
+    COLS: gl.constexpr = BN // 2
+    layout: gl.constexpr = store_layout(COLS, 16)
+    rows = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    rows_mma = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, acc_layout(COLS, 16)))
+    first = n * BN
+    slot = start + rows
+    slot_mma = start + rows_mma
+    if HAS_SLOTS:
+        slot = gl.load(slots + slot, mask=rows < count, other=0)
+        slot_mma = gl.load(slots + slot_mma, mask=rows_mma < count, other=0)
+    factor = gl.full([ROWS], scale, gl.float32, rows_mma.type.layout)
+    if HAS_WEIGHTS:
+        factor *= gl.load(row_weights + slot_mma, mask=rows_mma < count, other=0.0)
+    left, right = _multiply(ring, it, steps, PART, PARTS, STAGES, False, BN)
+    if HAS_BIAS:
+        left += _bias_of(bias + expert * columns, first, columns, COLS)
+        right += _bias_of(bias + expert * columns, first + COLS, columns, COLS)
+    line = y + slot.to(gl.int64)[:, None] * y_stride
+    column = first + gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
+    out = gl.convert_layout((left * factor[:, None]).to(y.dtype.element_ty), layout)
+    gl.store(line + column[None, :], out, mask=(rows < count)[:, None] & (column < columns)[None, :])
+    column += COLS
+    out = gl.convert_layout((right * factor[:, None]).to(y.dtype.element_ty), layout)
+    gl.store(line + column[None, :], out, mask=(rows < count)[:, None] & (column < columns)[None, :])
 
 
 @gluon.jit
 def _consume_down(given, PART: gl.constexpr, PARTS: gl.constexpr, HAS_SLOTS: gl.constexpr, HAS_WEIGHTS: gl.constexpr,
                   HAS_BIAS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    ring, queue, slots, row_weights, bias, y, y_stride, span, scale = given
-    columns, K = span
-    BN: gl.constexpr = ring[1].shape[1]
-    layout: gl.constexpr = store_layout(BN // 2, 16)
-    rows = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    cols = gl.arange(0, BN // 2, layout=gl.SliceLayout(0, layout))
-    mma: gl.constexpr = acc_layout(BN // 2, 16)
-    rows_mma = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma))
-    steps = gl.cdiv(K, ring[0].shape[2])
+    ring, queue = given[0], given[1]
+    steps = gl.cdiv(given[7][1], ring[0].shape[2])
     it, turn = 0, 0
-    expert, n, start, count = hear(queue, 0)
-    while expert >= 0:
-        if count > PART * ROWS:
-            slot = start + rows
-            slot_mma = start + rows_mma
-            if HAS_SLOTS:
-                slot = gl.load(slots + slot, mask=rows < count, other=0)
-                slot_mma = gl.load(slots + slot_mma, mask=rows_mma < count, other=0)
-            factor = gl.full([ROWS], scale, gl.float32, rows_mma.type.layout)
-            if HAS_WEIGHTS:
-                factor *= gl.load(row_weights + slot_mma, mask=rows_mma < count, other=0.0)
-            left, right = _multiply(ring, it, steps, PART, PARTS, STAGES, False)
-            if HAS_BIAS:
-                left += _bias_of(bias + expert * columns, n * BN, columns, BN // 2)
-                right += _bias_of(bias + expert * columns, n * BN + BN // 2, columns, BN // 2)
-            line = y + slot.to(gl.int64)[:, None] * y_stride
-            column = n * BN + cols
-            out = gl.convert_layout((left * factor[:, None]).to(y.dtype.element_ty), layout)
-            gl.store(line + column[None, :], out, mask=(rows < count)[:, None] & (column < columns)[None, :])
-            column += BN // 2
-            out = gl.convert_layout((right * factor[:, None]).to(y.dtype.element_ty), layout)
-            gl.store(line + column[None, :], out, mask=(rows < count)[:, None] & (column < columns)[None, :])
+    entry = hear(queue, 0)
+    while entry[0] >= 0:
+        if entry[3] > PART * ROWS:
+            _tile_down(given, it, steps, entry, PART, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, STAGES)
         else:
             pass_on(ring, it, steps, STAGES)
         it += steps
         turn += 1
-        expert, n, start, count = hear(queue, turn)
+        entry = hear(queue, turn)
 
 
 @gluon.jit(do_not_specialize=["tiles"])
@@ -169,7 +189,9 @@ def up_kernel(x, x_stride, x_desc, w_desc, bias, h, h_stride, tile_expert, tile_
               HAS_SLOTS: gl.constexpr, TOP_K: gl.constexpr, EVEN_K: gl.constexpr, PARTS: gl.constexpr,
               BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr):  # fmt: skip
     ring = make_ring(w_desc.dtype, PARTS, BN, BK, STAGES, 129 if HAS_SLOTS else 1)
-    queue = make_queue((tile_expert, tile_start, starts, ends), ticket, tiles, gl.cdiv(inter, BN // 2), STAGES)
+    queue = make_queue(
+        (tile_expert, tile_start, starts, ends), ticket, tiles, gl.cdiv(inter, BN // 2), STAGES, PARTS == 2
+    )
     span = (inter, K)
     given = (ring, queue, bias, h, h_stride, span, (alpha, beta, limit))
     rows = (slots, x, x_stride)
@@ -179,7 +201,10 @@ def up_kernel(x, x_stride, x_desc, w_desc, bias, h, h_stride, tile_expert, tile_
                 [
                     (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
                     (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
-                    (produce_gathered, (ring, queue, rows, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES, PARTS)),
+                    (
+                        produce_gathered,
+                        (ring, queue, rows, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES, PARTS, PARTS == 2),
+                    ),
                 ],
                 [4, 4],
                 [216, 72],
@@ -189,7 +214,7 @@ def up_kernel(x, x_stride, x_desc, w_desc, bias, h, h_stride, tile_expert, tile_
                 [
                     (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
                     (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
-                    (produce_rows, (ring, queue, x_desc, w_desc, span, True, GROUP_M, STAGES, PARTS)),
+                    (produce_rows, (ring, queue, x_desc, w_desc, span, True, GROUP_M, STAGES, PARTS, PARTS == 2)),
                 ],
                 [4, 4],
                 [216, 72],
@@ -201,7 +226,10 @@ def up_kernel(x, x_stride, x_desc, w_desc, bias, h, h_stride, tile_expert, tile_
                     (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
                     (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
                     (_consume_up, (given, 2, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
-                    (produce_gathered, (ring, queue, rows, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES, PARTS)),
+                    (
+                        produce_gathered,
+                        (ring, queue, rows, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES, PARTS, PARTS == 2),
+                    ),
                 ],
                 [4, 4, 4],
                 [160, 160, 32],
@@ -212,7 +240,7 @@ def up_kernel(x, x_stride, x_desc, w_desc, bias, h, h_stride, tile_expert, tile_
                     (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
                     (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
                     (_consume_up, (given, 2, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
-                    (produce_rows, (ring, queue, x_desc, w_desc, span, True, GROUP_M, STAGES, PARTS)),
+                    (produce_rows, (ring, queue, x_desc, w_desc, span, True, GROUP_M, STAGES, PARTS, PARTS == 2)),
                 ],
                 [4, 4, 4],
                 [160, 160, 32],
@@ -225,7 +253,7 @@ def down_kernel(h_desc, w_desc, bias, y, y_stride, tile_expert, tile_start, star
                 PARTS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
                 GROUP_M: gl.constexpr):  # fmt: skip
     ring = make_ring(h_desc.dtype, PARTS, BN, BK, STAGES, 1)
-    queue = make_queue((tile_expert, tile_start, starts, ends), ticket, tiles, gl.cdiv(columns, BN), STAGES)
+    queue = make_queue((tile_expert, tile_start, starts, ends), ticket, tiles, gl.cdiv(columns, BN), STAGES, False)
     span = (columns, K)
     given = (ring, queue, slots, row_weights, bias, y, y_stride, span, scale)
     if PARTS == 2:
@@ -233,7 +261,7 @@ def down_kernel(h_desc, w_desc, bias, y, y_stride, tile_expert, tile_start, star
             [
                 (_consume_down, (given, 0, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, STAGES)),
                 (_consume_down, (given, 1, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, STAGES)),
-                (produce_rows, (ring, queue, h_desc, w_desc, span, False, GROUP_M, STAGES, PARTS)),
+                (produce_rows, (ring, queue, h_desc, w_desc, span, False, GROUP_M, STAGES, PARTS, False)),
             ],
             [4, 4],
             [232, 40],
@@ -244,7 +272,7 @@ def down_kernel(h_desc, w_desc, bias, y, y_stride, tile_expert, tile_start, star
                 (_consume_down, (given, 0, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, STAGES)),
                 (_consume_down, (given, 1, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, STAGES)),
                 (_consume_down, (given, 2, PARTS, HAS_SLOTS, HAS_WEIGHTS, HAS_BIAS, STAGES)),
-                (produce_rows, (ring, queue, h_desc, w_desc, span, False, GROUP_M, STAGES, PARTS)),
+                (produce_rows, (ring, queue, h_desc, w_desc, span, False, GROUP_M, STAGES, PARTS, False)),
             ],
             [4, 4, 4],
             [160, 160, 32],
@@ -271,8 +299,9 @@ def up_gemm(x: Tensor, w13: Tensor, table: RowTable, h: Tensor, *, top_k: int, a
     gathered = table.slots is not None
     if not gathered and top_k != 1:
         raise ValueError(f"without slots there is one row a position, got top_k {top_k}")
-    grid = min(processors(x.device), table.tiles * -(-inter // (BLOCK_N // 2)))
-    w_desc = descriptor(w13.view(experts * twice, K), BLOCK_N // 2, BLOCK_K)
+    halves = 2 if parts == 2 else 1  # of a tile's columns, which the last tiles may have for themselves
+    grid = min(processors(x.device), halves * table.tiles * -(-inter // (BLOCK_N // 2)))
+    w_desc = descriptor(w13.view(experts * twice, K), BLOCK_N // 2 // halves, BLOCK_K)
     up_kernel[(grid,)](
         x, x.stride(0), w_desc if gathered else descriptor(x, ROWS.value, BLOCK_K), w_desc,
         w13 if bias is None else bias, h, h.stride(0), *table.tensors,

@@ -242,7 +242,7 @@ def up_mxfp4_kernel(x, x_stride, x_desc, w_desc, w_scale, bias, h, h_stride, til
                     STAGES: gl.constexpr, GROUP_M: gl.constexpr):  # fmt: skip
     ring = make_ring(BM, PARTS, BLOCKS, STAGES, 129 if HAS_SLOTS else 1)
     n_tiles = gl.cdiv(inter, 32 * PARTS * BLOCKS)
-    queue = make_queue((tile_expert, tile_start, starts, ends), ticket, tiles, n_tiles, STAGES)
+    queue = make_queue((tile_expert, tile_start, starts, ends), ticket, tiles, n_tiles, STAGES, False)
     span = (inter, K)
     given = (ring, queue, w_scale, bias, (h, h_stride, inter), span, (alpha, beta, limit))
     rows = (slots, x, x_stride)
@@ -301,7 +301,7 @@ def down_mxfp4_kernel(h_desc, w_desc, w_scale, bias, y, y_stride, tile_expert, t
                       STAGES: gl.constexpr, GROUP_M: gl.constexpr):  # fmt: skip
     ring = make_ring(BM, PARTS, BLOCKS, STAGES, 1)
     n_tiles = gl.cdiv(columns, 64 * PARTS * BLOCKS)
-    queue = make_queue((tile_expert, tile_start, starts, ends), ticket, tiles, n_tiles, STAGES)
+    queue = make_queue((tile_expert, tile_start, starts, ends), ticket, tiles, n_tiles, STAGES, False)
     span = (columns, K)
     given = (ring, queue, w_scale, bias, (y, y_stride, columns), span, slots, row_weights, scale)
     if PARTS == 2:

@@ -42,7 +42,7 @@ def produce_gathered(ring, queue, given, w_desc, span, TOP_K: gl.constexpr, EVEN
     it, turn = 0, 0
     tile = gl.program_id(0)
     while tile < queue[4]:
-        entry = locate(queue, tile, BM, GROUP_M)
+        entry = locate(queue, tile, BM, GROUP_M, False)
         tell(queue, turn, entry)
         number = draw(queue, True)
         expert, n, start, count = entry
@@ -60,13 +60,13 @@ def produce_gathered(ring, queue, given, w_desc, span, TOP_K: gl.constexpr, EVEN
             for half in gl.static_range(2):
                 k = step * (2 * HALF) + half * HALF
                 at = stage * 2 + half
-                copy_rows(x, first, k, cols, K, ring[0].index(at).slice(0, SIZE), EVEN_K)
+                copy_rows(x, first, k, rows, count, cols, K, ring[0].index(at).slice(0, SIZE), 0, EVEN_K)
                 if BM > SIZE:
                     if count > SIZE:
-                        copy_rows(x, second, k, cols, K, ring[0].index(at).slice(SIZE, SIZE), EVEN_K)
+                        copy_rows(x, second, k, rows, count, cols, K, ring[0].index(at).slice(SIZE, SIZE), 1, EVEN_K)
                 if BM > 2 * SIZE:
                     if count > 2 * SIZE:
-                        copy_rows(x, third, k, cols, K, ring[1].index(at), EVEN_K)
+                        copy_rows(x, third, k, rows, count, cols, K, ring[1].index(at), 2, EVEN_K)
             async_copy.mbarrier_arrive(ready, increment_count=False)
             it += 1
         turn += 1
@@ -85,7 +85,7 @@ def produce_rows(ring, queue, a_desc, w_desc, span, GATED: gl.constexpr, BM: gl.
     it, turn = 0, 0
     tile = gl.program_id(0)
     while tile < queue[4]:
-        entry = locate(queue, tile, BM, GROUP_M)
+        entry = locate(queue, tile, BM, GROUP_M, False)
         tell(queue, turn, entry)
         number = draw(queue, True)
         expert, n, start, count = entry

@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 
+@lru_cache(maxsize=1)
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1)."""
+    """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1): decided when they are defined, so once."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
