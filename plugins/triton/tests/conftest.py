@@ -78,6 +78,14 @@ if not ON_GPU:
     _interpret()
 
 
+@pytest.fixture(autouse=True)
+def memory() -> Iterator[None]:
+    """Several processes may share the GPU: what a test took goes back to the device where it was much."""
+    yield
+    if ON_GPU and torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**31:
+        torch.cuda.empty_cache()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """The markers, where moe-core is on the path without being installed."""
     from moe_core.testing import pytest_plugin

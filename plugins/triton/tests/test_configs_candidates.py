@@ -45,6 +45,7 @@ def rules(problem: Problem, config: LayerConfig, device: devices.Device, tokens:
         assert tokens * problem.top_k <= 64
         assert not any((config.up.swap, config.up.tma, config.down.swap, config.down.tma))
     words = problem.scheme == "mxfp4_w4a16" and problem.dtype == "bfloat16" and device.arch.startswith("sm_")
+    assert not (words and config.path == "tiny")
     for part, gemm in (("up", config.up), ("down", config.down)):
         if gemm.specialized:
             assert device.arch == "sm_90"
@@ -60,7 +61,7 @@ def rules(problem: Problem, config: LayerConfig, device: devices.Device, tokens:
             assert 128 % rows == 0 or (rows == 256 and not gated and problem.matrix(part)[0] % 256 == 0)
             assert gemm.block_k % 128 == 0
         if problem.scheme in ("int4_w4a16", "mxfp4_w4a16"):
-            assert gemm.swap is (config.path == "tiles" and (gemm.num_warps < 4 or not words))
+            assert gemm.swap is ((gemm.num_warps < 4) if words else config.path == "tiles")
             assert gemm.block_k % 64 == 0
         if gemm.tma:
             assert device.arch in ("sm_90", "sm_100")

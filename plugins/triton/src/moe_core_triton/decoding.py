@@ -26,6 +26,8 @@ def decodes(layer: LayerSequence, rows: ExpertRows, weights: TritonWeights, stat
     """Whether the two kernels compute this call: a scale over the whole tensor, for one, they cannot know."""
     if rows.ids is None or rows.scale is not None or rows.num_valid is not None or state.hooks is not None:
         return False
+    if weights.up.pack == "mxfp4_words":
+        return False
     if layer.payload == "fp8_tensor":
         static = weights.up.input_scale is not None and weights.down.input_scale is not None
         return static and not layer.weigh_input

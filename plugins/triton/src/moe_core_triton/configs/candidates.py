@@ -74,6 +74,8 @@ def gemm_why_not(problem: Problem, part: str, gemm: GemmConfig, block_m: int, de
     tiny, traits = block_m == 1, problem.traits
     if block_m & (block_m - 1):
         return "the ordinary kernels have tiles of a power of two"
+    if tiny and words(problem, device):
+        return "the tiny path does not read words of four-bit weights"
     n, k = problem.matrix(part)
     gated = part == "up" and problem.gated
     lists = {

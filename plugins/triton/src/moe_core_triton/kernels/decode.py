@@ -16,7 +16,7 @@ import triton.language as tl
 from moe_core_triton.kernels.activation import activate, activate_plain
 from moe_core_triton.kernels.launching import wait_for_inputs
 from moe_core_triton.kernels.quantize import encode, magnitude_bits, scale_of
-from moe_core_triton.kernels.unpack import E2M1_WORDS_FACTOR, e2m1, e2m1_words, e8m0, e8m0_for_words, int4, int8
+from moe_core_triton.kernels.unpack import e2m1, e8m0, int4, int8
 
 
 @triton.jit
@@ -64,55 +64,6 @@ def row_scales(x_rows, live, k, QUANT: tl.constexpr, LANES: tl.constexpr, WIDTH:
 
 
 @triton.jit
-def word_products(
-    w,
-    w_scale,
-    row_items,
-    row_scale_items,
-    x_rows,
-    live,
-    k,
-    k_stored,
-    scales_a_row,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """`lane_products` of mxfp4 in words (`unpack.e2m1_words`): 64 bytes hold 128 of K, 32 of them share a scale."""
-    SPANS: tl.constexpr = WIDTH // 64
-    acc = tl.zeros((ROWS, LANES, SPANS, 32), tl.float32)
-    span = tl.arange(0, SPANS)[:, None]
-    at = span * 32 + tl.arange(0, 32)[None, :]
-    column = (span // 2) * 128 + (span % 2) * 32 + tl.arange(0, 32)[None, :]
-    group = (tl.arange(0, SPANS) // 2) * 4 + tl.arange(0, SPANS) % 2
-    there = live[:, None, None]
-    for k0 in tl.range(0, k, WIDTH, num_stages=STAGES):
-        byte = k0 // 2 + at
-        codes = tl.load(
-            w + row_items[:, :, None, None] + byte[None, None, :, :],
-            mask=(there & (byte < k_stored)[None, :, :])[None, :, :, :],
-            other=0,
-        )
-        first = tl.minimum(k0 // 32 + group, scales_a_row - 1)
-        second = tl.minimum(k0 // 32 + group + 2, scales_a_row - 1)
-        low_power = tl.load(w_scale + row_scale_items[:, :, None] + first[None, None, :])
-        high_power = tl.load(w_scale + row_scale_items[:, :, None] + second[None, None, :])
-        low, high = e2m1_words(
-            codes,
-            tl.broadcast_to(e8m0_for_words(low_power)[:, :, :, None], codes.shape),
-            tl.broadcast_to(e8m0_for_words(high_power)[:, :, :, None], codes.shape),
-        )
-        c = k0 + column
-        x_low = tl.load(x_rows[:, None, None] + c[None, :, :], mask=there & (c < k)[None, :, :], other=0.0)
-        c += 64
-        x_high = tl.load(x_rows[:, None, None] + c[None, :, :], mask=there & (c < k)[None, :, :], other=0.0)
-        acc += low.to(tl.float32) * x_low.to(tl.float32)[None, :, :, :]
-        acc += high.to(tl.float32) * x_high.to(tl.float32)[None, :, :, :]
-    return tl.sum(tl.sum(acc, axis=3), axis=2) * E2M1_WORDS_FACTOR
-
-
-@triton.jit
 def lane_products(
     w,
     w_scale,
@@ -142,10 +93,6 @@ def lane_products(
     row_items: int64 [ROWS, LANES], where each weight row starts; row_scale_items: where its scales do. x_rows: pointers
     [LANES]; live: [LANES], lanes that are computed (the others give 0).
     """
-    if PACK == "mxfp4_words":
-        return word_products(
-            w, w_scale, row_items, row_scale_items, x_rows, live, k, k_stored, scales_a_row, ROWS, LANES, WIDTH, STAGES
-        )
     ITEMS: tl.constexpr = WIDTH if PACK == "" else WIDTH // 2
     acc = tl.zeros((ROWS, LANES, ITEMS), tl.float32)
     for k0 in tl.range(0, k, WIDTH, num_stages=STAGES):
