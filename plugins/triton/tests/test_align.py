@@ -32,6 +32,7 @@ def local_experts(
 
 
 def check_tiles(table: RowTable, counts: list[int], starts: list[int]) -> None:
+    assert table.ticket.tolist() == [0]
     want = [(e, starts[e] + m) for e, n in enumerate(counts) for m in range(0, n, table.block_m)]
     got = list(zip(table.tile_expert.tolist(), table.tile_start.tolist(), strict=True))
     assert len(want) <= table.tiles
@@ -140,9 +141,12 @@ def test_no_tokens_launch_nothing() -> None:
 
 
 @pytest.mark.parametrize("most_programs", [128, 2])
-def test_two_launches(monkeypatch: pytest.MonkeyPatch, most_programs: int) -> None:
+@pytest.mark.parametrize("two_launches", [100, 10_000])
+def test_more_launches(monkeypatch: pytest.MonkeyPatch, two_launches: int, most_programs: int) -> None:
     monkeypatch.setattr(module, "ONE_LAUNCH", 100)
+    monkeypatch.setattr(module, "TWO_LAUNCHES", two_launches)
     monkeypatch.setattr(module, "MOST_PROGRAMS", most_programs)
+    monkeypatch.setattr(module, "CHUNKS", 4)  # several rounds of them
     torch.manual_seed(6)
     ids = torch.randint(-1, 21, (260, 3), dtype=torch.int32)
     check(ids, 20, 16)

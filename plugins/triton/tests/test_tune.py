@@ -243,7 +243,7 @@ class Recorder:
         self._kernel, self._seen = kernel, seen
 
     def __getitem__(self, grid: Any) -> Any:
-        free = {"alpha", "beta", "limit", "factor", "tiles"}
+        free = {"alpha", "beta", "limit", "factor", "tiles", "early_bytes"}
 
         def launch(*arguments: Any, **named: Any) -> None:
             values = dict(zip(self._kernel.arg_names, arguments, strict=False))

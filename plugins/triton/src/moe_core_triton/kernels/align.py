@@ -2,8 +2,8 @@
 
 Every program knows the whole histogram, so none waits for another and no atomic is used: the order within an expert
 is that of the slots, on every run. Below `ONE_LAUNCH` slots each program counts all ids itself (they sit in the L2);
-above, a first kernel leaves one histogram a chunk, and a second one sums them up. The rank of a slot in its piece of
-128 comes from comparing all pairs, which is cheaper than any scan of that size.
+above, a first kernel leaves one histogram a chunk, and above `TWO_LAUNCHES` a second one sums them up, once for all.
+The rank of a slot in its piece of 128 comes from comparing all pairs, which is cheaper than any scan of that size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from moe_core_triton.row_table import RowTable, most_tiles
 
 ONE_LAUNCH = 2048  # slots up to which recounting all ids in every program beats a second launch (H200: 7.7 us against
 # 8.9 at 8192 slots and 128 experts, 8.4 against 12.9 at 256 experts)
-MOST_PROGRAMS = 1024  # of the three-launch form
+TWO_LAUNCHES = 8192  # slots up to which every program reads all histograms; they are 64 then
+MOST_PROGRAMS = 1024  # beyond
 CHUNKS, EXPERTS = 512, 8  # histograms summed up at a time, and experts a program of that
 PIECE = 128  # slots ranked together, and threads a program: 128 x 128 pairs are 128 comparisons a thread
 SCAN = 1024  # ids counted at a time
@@ -112,7 +113,7 @@ def _place(
     ids, expert_map, num_valid, counts, starts, ends, tile_expert, tile_start, slots, local_ids, ticket,
     slots_total, chunk, stride, num_experts, map_size, tiles, block_m,
     K: tl.constexpr, EB: tl.constexpr, SCAN: tl.constexpr, PIECE: tl.constexpr, TB: tl.constexpr, FLAT: tl.constexpr,
-    MAPPED: tl.constexpr, HAS_VALID: tl.constexpr, COUNTED: tl.constexpr, PDL: tl.constexpr,
+    MAPPED: tl.constexpr, HAS_VALID: tl.constexpr, COUNTED: tl.constexpr, SCANNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Positions of each program's `chunk` slots, and its share of the tile table."""
     wait_for_inputs(PDL)
@@ -123,9 +124,15 @@ def _place(
     e = tl.arange(0, EB)
     before = tl.zeros((EB,), tl.int32)  # slots of each expert before this chunk
     total = tl.zeros((EB,), tl.int32)
-    if COUNTED:
+    if SCANNED:
         before = tl.load(counts + pid * EB + e)
         total = tl.load(counts + programs * EB + e)
+    elif COUNTED:
+        for at in range(0, programs, 16):
+            c = at + tl.arange(0, 16)
+            table = tl.load(counts + c[:, None] * EB + e[None, :], mask=(c < programs)[:, None], other=0)
+            total += tl.sum(table, 0)
+            before += tl.sum(tl.where((c < pid)[:, None], table, 0), 0)
     else:
         # The next ids are loaded while these are counted: one trip to the L2 costs more than the counting.
         lane = tl.arange(0, SCAN)
@@ -216,10 +223,11 @@ def align(
     topk_ids: int32 or int64 [T, K], columns contiguous. Local ids, or with expert_map (int32 [E_global]) global ones.
     num_experts: local experts, 1 to 1024. num_valid: int32 device scalar (or [1]); rows from it on are dropped, as is
     every id that is, mapped, outside [0, num_experts). Slots of one expert keep their order. `slots` holds 0 behind
-    the last live position. One launch up to ONE_LAUNCH slots, else three; nothing for T = 0 (no tiles then).
+    the last live position. One launch up to ONE_LAUNCH slots, two up to TWO_LAUNCHES, else three; none for T = 0 (no
+    tiles then).
 
-    Roofline: 4 bytes a slot in, 8 out and 8 a tile (131072 slots: 1.6 MB, 0.4 us at 4.3 TB/s): latency alone
-    counts. Expected on an H200: 3 us at 512 slots, 6 at 8192, 8 at 131072, of which about 2 are the launch.
+    Roofline: 4 bytes a slot in, 8 out and 8 a tile (131072 slots: 1.6 MB, 0.4 us at 4.3 TB/s): latency alone counts.
+    Seen on an H200: 4 us at 512 slots, 13 at 8192; expected beyond: 10, of which about 3 are launches.
 
     Raises ValueError for a shape, dtype or number of experts that it does not take.
     """
@@ -239,7 +247,7 @@ def align(
         topk_ids = topk_ids.contiguous()
 
     bins, tiles = _bins(num_experts), most_tiles(slots_total, num_experts, block_m)
-    counted = slots_total > ONE_LAUNCH
+    counted, scanned = slots_total > ONE_LAUNCH, slots_total > TWO_LAUNCHES
     chunk = PIECE * (triton.cdiv(slots_total, PIECE * MOST_PROGRAMS) if counted else 1)
     programs = triton.cdiv(slots_total, chunk)
     if not counted:
@@ -264,12 +272,13 @@ def align(
     scan = max(PIECE, min(SCAN, triton.next_power_of_2(chunk if counted else slots_total)))
     if counted:
         _count_chunks[(programs,)](*ids, counts, *sizes, SCAN=scan, **kinds)
+    if scanned:
         _scan_chunks[(bins // EXPERTS,)](
             counts, programs, EB=bins, CHUNKS=CHUNKS, EXPERTS=EXPERTS, num_warps=4, **dependent_launch(counts)
         )
     _place[(programs,)](
         *ids, counts, starts, ends, tile_expert, tile_start, slots, local_ids, ticket, *sizes, tiles, block_m,
-        SCAN=scan, PIECE=PIECE, TB=TILE_ROWS, COUNTED=counted, **kinds,
+        SCAN=scan, PIECE=PIECE, TB=TILE_ROWS, COUNTED=counted, SCANNED=scanned, **kinds,
     )  # fmt: skip
     return RowTable(slots_total, block_m, starts, ends, tile_expert, tile_start, ticket, slots, local_ids)
 
