@@ -4,9 +4,9 @@ One CTA an SM. A producer warpgroup fills a ring of slots in shared memory (weig
 TMA, or gathered row by row with cp.async); two or three consumer warpgroups each own 64 rows of a tile and all of its
 columns. The protocol of a slot is in `hopper_common.py`.
 
-Roofline: the tensor cores, then the L2 cache. A step of 64 of K in a tile of 128 x 256 takes 48 KiB for 4.2 MFLOP, so
-the 790 TFLOP/s of a dense product need 9.0 TB/s from the L2 cache, which gives 7 to 8; in one of 192 x 256 it is 56 KiB
-for 6.3 MFLOP, 7.0 TB/s. 256 x 256 does not fit the registers.
+Roofline: the tensor cores at the clock that the power limit leaves, then the L2 cache. A step of 64 of K in a tile of
+128 x 256 takes 48 KiB for 4.2 MFLOP, so the 790 TFLOP/s of a dense product need 9.0 TB/s from the L2 cache, which was
+seen to give 9.4; in one of 192 x 256 it is 56 KiB for 6.3 MFLOP, 7.0 TB/s. 256 x 256 does not fit the registers.
 """
 
 from __future__ import annotations
