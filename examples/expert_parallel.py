@@ -1,9 +1,10 @@
-"""Expert parallelism over replicated tokens, with torch.distributed (gloo) on this machine.
+"""Expert parallelism with torch.distributed (gloo) on this machine.
 
     python examples/expert_parallel.py
 
-Each rank holds half of the experts and runs its part; the standard dispatcher sums over the group. Before the first
-collective the ranks compare what they resolved to.
+Each rank holds half of the experts. First all ranks bring the same tokens, and the dispatcher `standard` sums what they
+give; then each brings its own, and `allgather` takes them to the experts and back. Before the first collective the
+ranks compare what they resolved to.
 """
 
 from __future__ import annotations
@@ -40,6 +41,18 @@ def rank_main(rank: int, rendezvous: str) -> None:
             torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
             if rank == 0:
                 print(f"{placement}: {RANKS} ranks agree with one, plan {plan.fingerprint}")
+
+        # As with DP attention: rank 0 has five of the tokens, rank 1 the other two. Where the server knows how many
+        # tokens each rank brings, it says so, and nothing is padded to max_tokens.
+        counts = [5, 2]
+        mine = slice(0, 5) if rank == 0 else slice(5, 7)
+        parallel = moe_core.ParallelConfig(ep_size=RANKS, ep_rank=rank, tokens="sharded")
+        plan = moe_core.plan(CONFIG, whole.shard(CONFIG, parallel), parallel, group=dist.group.WORLD, max_tokens=16)
+        own = moe_core.TopKOutput(topk.topk_ids[mine], topk.topk_weights[mine])
+        y = plan(hidden_states[mine], own, state=moe_core.RunningState(tokens_per_rank=counts))
+        torch.testing.assert_close(y, expected[mine], rtol=1e-5, atol=1e-5)
+        if rank == 0:
+            print(f"own tokens, {counts} of them: {plan.resolution.require().id}")
     finally:
         dist.destroy_process_group()
 

@@ -66,6 +66,43 @@ STANDARD_DISPATCHER: Final = DispatcherSpec(
     maturity=_RAN_ON_GPU,
 )
 
+# A scale a row can travel with its row; one for the whole tensor would have to be agreed upon first.
+_ROW_PAYLOADS: Final = frozenset(
+    {"bf16", *(p.id for p in ACTIVATION_PAYLOADS.values() if p.scale.granularity != "tensor" and not p.global_scale)}
+)
+
+ALLGATHER_DISPATCHER: Final = DispatcherSpec(
+    name="allgather",
+    summary="gathers the tokens of all ranks, reduce-scatters the results (torch.distributed); no host sync",
+    factory="moe_core.dispatchers.torch_distributed.allgather:AllGatherDispatcher",
+    formats=dict.fromkeys(Phase, STANDARD),
+    offers={
+        STANDARD: Offers(
+            id_spaces=frozenset(IdSpace),
+            dropped=frozenset({DroppedSlot.NEGATIVE, DroppedSlot.SINK}),
+            payloads=_ROW_PAYLOADS,
+            ids_dtypes=frozenset({"int32", "int64"}),
+            extras=frozenset({"expert_map", "expert_mask"}),
+            can=frozenset(Step) - {Step.EP_REDUCE},
+            always=frozenset({Step.EP_REDUCE}),
+        )
+    },
+    support=Support(
+        devices={"*": ("*",)},
+        tokens=frozenset({"sharded"}),
+        features=frozenset({"no_combine"}),
+        graph_capture=frozenset(Phase),
+        needs_max_tokens=True,
+        ep_sizes=(2, None),
+    ),
+    split_phases=True,
+    maturity=_RAN_HERE,
+    options={
+        "equal_tokens": "promise that all ranks bring the same number of tokens to a call (default False: without "
+        "RunningState.tokens_per_rank, everybody's are padded to max_tokens)"
+    },
+)
+
 REFERENCE_RUNNER: Final = RunnerSpec(
     name="reference",
     summary="the oracle: every scheme, format and option on any device, float32 accumulation, slow",
@@ -142,7 +179,7 @@ class CorePlugin:
 
     @hookimpl
     def moe_core_plugin_info(self) -> PluginInfo:
-        return PluginInfo(name="core", summary="standard dispatcher, reference and CPU runners")
+        return PluginInfo(name="core", summary="standard and torch.distributed dispatchers, reference and CPU runners")
 
     @hookimpl
     def moe_core_formats(self) -> tuple[FormatSpec, ...]:
@@ -154,7 +191,7 @@ class CorePlugin:
 
     @hookimpl
     def moe_core_dispatchers(self) -> tuple[DispatcherSpec, ...]:
-        return (STANDARD_DISPATCHER,)
+        return (STANDARD_DISPATCHER, ALLGATHER_DISPATCHER)
 
     @hookimpl
     def moe_core_runners(self) -> tuple[RunnerSpec, ...]:

@@ -58,13 +58,15 @@ class RunningState:
     """One call's own state, passed through every step. Nothing outlives the call in a component.
 
     phase: completed by the plan where it is None. output: write the result here (a runner with the feature `inplace`
-    accepts the input itself). overlap: arguments for kernels that overlap with communication, understood by the pair
-    that exchanges them. private: the backend's.
+    accepts the input itself). tokens_per_rank: how many tokens every EP rank brings to this call, in the order of
+    ep_rank, where the caller knows; it spares dispatchers of sharded tokens padding or asking. overlap: arguments for
+    kernels that overlap with communication, understood by the pair that exchanges them. private: the backend's.
     """
 
     phase: Phase | None = None
     hooks: RunnerHooks | None = None
     output: Tensor | None = None
+    tokens_per_rank: Sequence[int] | None = None
     overlap: Any = None
     workspace: Any = None
     private: dict[str, Any] = field(default_factory=dict)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_core.dispatchers.steps import finish_slots, taken_on
 from moe_core.errors import BindError
 from moe_core.formats import StandardCombineInput, StandardDispatchOutput
 from moe_core.protocols import Binding, RunningState
 from moe_core.topk import BypassedTopK, TopKOutput
-from moe_core.vocabulary import DroppedSlot, IdSpace, Owner, Step
+from moe_core.vocabulary import DroppedSlot, IdSpace, Step
 
 
 def expert_map(binding: Binding) -> Tensor:
@@ -47,11 +48,12 @@ class StandardDispatcher:
         if terms is None:
             raise BindError("the standard dispatcher was bound without terms")
         self._ids_dtype = getattr(torch, terms.ids_dtype)
-        self._table, self._num_experts = _id_table(binding), binding.config.num_experts
+        self._table = id_table(binding) if _translates(binding) else None
+        self._num_experts = binding.config.num_experts
         sink = terms.dropped is DroppedSlot.SINK
         self.expert_map = expert_map(binding) if "expert_map" in terms.extras else None
         self.expert_mask = expert_mask(binding, sink=sink) if "expert_mask" in terms.extras else None
-        mine = {step for step, owner in terms.steps.items() if owner is Owner.DISPATCHER}
+        mine = taken_on(binding)
         self._weigh, self._sum = Step.ROUTER_WEIGHT in mine, Step.TOPK_SUM in mine
         self._scale = binding.config.routed_scaling_factor if Step.ROUTED_SCALING in mine else None
         self._group = binding.group if mine & {Step.EP_REDUCE, Step.TP_REDUCE} else None
@@ -98,12 +100,8 @@ class StandardDispatcher:
     def _finish(self, result: Tensor, handle: Any) -> Tensor:
         ids, weights, output = handle
         if self._weigh or self._sum:
-            dtype, slots = result.dtype, result.to(torch.float32)
-            if self._weigh:
-                # A dropped slot contributes exactly zero, whatever its weight and its row hold.
-                live = (ids >= 0) & (ids < self._num_experts)  # -1 and the sink alike
-                slots = torch.where(live[..., None], slots, 0.0) * torch.where(live, weights.float(), 0.0)[..., None]
-            result = (slots.sum(dim=1) if self._sum else slots).to(dtype)
+            live = (ids >= 0) & (ids < self._num_experts)  # -1 and the sink alike
+            result = finish_slots(result, live, weights, weigh=self._weigh, total=self._sum)
         if self._scale is not None:
             result = result * self._scale
         if self._group is not None:
@@ -111,20 +109,24 @@ class StandardDispatcher:
         return result if output is None else output.copy_(result)
 
 
-def _id_table(binding: Binding) -> Tensor | None:
-    """[E + 1] in the agreed dtype: global id -> agreed id; the last entry is the dropped id. None: nothing to do."""
+def _translates(binding: Binding) -> bool:
+    """Whether agreed ids differ from the caller's."""
+    terms = binding.terms
+    same_space = terms is None or terms.id_space is IdSpace.GLOBAL or binding.parallel.ep_size == 1
+    unchanged = terms is None or binding.incoming is DroppedSlot.NEVER or binding.incoming is terms.dropped
+    return not (same_space and unchanged)
+
+
+def id_table(binding: Binding) -> Tensor:
+    """[E + 1] in the agreed dtype: global id -> agreed id; the last entry is the dropped id, which -1 finds too."""
     terms = binding.terms
     if terms is None:
-        return None
-    experts, local_count = binding.config.num_experts, binding.num_local_experts
-    same_space = terms.id_space is IdSpace.GLOBAL or binding.parallel.ep_size == 1
-    unchanged = binding.incoming is DroppedSlot.NEVER or binding.incoming is terms.dropped
-    if same_space and unchanged:
-        return None
+        raise BindError("ids are agreed upon in terms, and this dispatcher was bound without")
     if terms.id_space is IdSpace.GLOBAL:
-        table, count = torch.arange(experts, device=binding.device), experts
+        count = binding.config.num_experts
+        table = torch.arange(count, device=binding.device)
     else:
-        table, count = expert_map(binding).long(), local_count
+        table, count = expert_map(binding).long(), binding.num_local_experts
     dropped = count if terms.dropped is DroppedSlot.SINK else -1
     table = torch.where(table < 0, dropped, table)
     table = torch.cat([table, table.new_full((1,), dropped)])

@@ -120,17 +120,13 @@ def kind(runner: str) -> str:
     return "fused" if runner in FUSED_FUNC else "split"
 
 
-def expected_all_to_all(hardware: str, scheme: str) -> str | None:
+def expected_all_to_all(hardware: str, scheme: str) -> str:
     runner = best_runner(hardware, scheme)
-    if hardware in ("cpu", "a100"):  # neither has an all-to-all of ours
-        return None
     if hardware in ("mi300x", "mi355x"):
         return f"mori+{runner}/{kind(runner)}"
-    if runner == "flashinfer_trtllm":
-        # TensorRT-LLM's kernels take global ids, which DeepEP does not send: the next best that has the scheme.
-        if scheme == "nvfp4":
-            return "deepep_ll+cutedsl/fused"
-        runner = "reference" if scheme == "mxfp8" else "triton"
+    if hardware in ("cpu", "a100") or runner == "flashinfer_trtllm":
+        # No vendor's all-to-all there; and TensorRT-LLM's kernels take global ids, which DeepEP does not send.
+        return f"allgather+{runner}/{kind(runner)}"
     # DeepEP by phase: token-major rows in prefill, where Triton has a fused func, expert-major ones in decode.
     return f"deepep+{runner}/{'mixed' if runner == 'triton' else 'split'}"
 
@@ -198,7 +194,9 @@ def test_what_is_only_announced_is_not_chosen(hardware: str) -> None:
         ("h200", "bf16", 8, ("triton",), "standard+triton/fused"),
         ("h200", "bf16", 8, ("deepep",), "deepep+reference/split"),
         ("h200", "bf16", 8, ("deepep", "flashinfer_trtllm"), "standard+flashinfer_cutlass/fused"),
-        ("h200", "bf16", 8, ("deepep", "flashinfer_trtllm"), "deepep+reference/split"),
+        ("h200", "bf16", 8, ("triton",), "allgather+triton/fused"),
+        # Its kernels take global ids, which DeepEP does not send.
+        ("h200", "bf16", 8, ("deepep", "flashinfer_trtllm"), "allgather+flashinfer_cutlass/fused"),
         ("b200", "bf16", 1, ("triton",), "standard+triton/fused"),
         ("b200", "nvfp4", 1, ("triton",), "standard+reference/split"),
         ("b200", "nvfp4", 1, ("triton", "cutedsl"), "standard+cutedsl/fused"),
@@ -210,6 +208,7 @@ def test_what_is_only_announced_is_not_chosen(hardware: str) -> None:
         ("mi355x", "nvfp4", 1, PLUGINS, "standard+reference/split"),
         ("cpu", "bf16", 1, (), "standard+cpu/fused"),
         ("cpu", "bf16", 8, (), "standard+cpu/fused"),
+        ("cpu", "bf16", 8, (), "allgather+cpu/fused"),
         ("cpu", "nvfp4", 8, (), "standard+reference/split"),
     ],
 )

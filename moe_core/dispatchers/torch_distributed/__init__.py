@@ -1,0 +1,1 @@
+"""Dispatchers on torch.distributed: gloo on CPUs, NCCL on GPUs."""
