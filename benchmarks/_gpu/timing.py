@@ -17,7 +17,7 @@ ROUNDS: Final = 25
 REPLAY_US: Final = 1500.0
 #: Where operations are the floor, the GPU rests before a replay: that many times as long as the last one took, at most
 #: so many seconds. An H200 that multiplies without a break is at its power limit (8192^3: 683 TFLOP/s, not 805),
-#: and then clocks are compared, not kernels. The floor's rates and the recorded peers' times are a rested GPU's too.
+#: and then clocks are compared, not kernels. The floor's rates are a rested GPU's too.
 REST: Final = 3.0
 MOST_REST: Final = 0.1
 #: Clock cycles that the device spins before a replay, while the host enqueues it.

@@ -121,7 +121,7 @@ def _live(d: Any) -> Tensor:
 
 @pytest.mark.parametrize("dispatcher", ["testing_batched", "testing_grouped", "testing_standard", "testing_global"])
 def test_replay_of_other_formats(lab: Any, dispatcher: str) -> None:
-    """The runner alone: the kit's dispatchers copy from the host, so they make their tensors outside the graph."""
+    """The runner alone, on dispatch outputs that are made outside the graph."""
     config = lab.config(**LAYERS["fp8_block128"])
     weights = lab.layer(config, tokens=1).weights
     plan = lab.plan(config, weights, dispatcher=dispatcher)

@@ -20,8 +20,8 @@ OAI: dict[str, Any] = {"bias": True, "activation": Activation.swiglu_oai()}
 SHAPES = {"olmoe": (64, 8, 2048, 1024), "qwen3": (128, 8, 2048, 768), "gpt_oss": (32, 4, 2880, 2880)}
 
 
-#: Sizes that no tile divides, as odd as each scheme allows.
-ODD = {"bf16": (2056, 328), "fp8_block128": (384, 256), "mxfp4_w4a16": (416, 288)}
+#: Sizes that no tile divides, as odd as each scheme allows. Of the last tile of 304, the right half is empty.
+ODD = {"bf16": ((2056, 328), (2056, 304)), "fp8_block128": ((384, 256),), "mxfp4_w4a16": ((416, 288),)}
 
 
 @pytest.fixture
@@ -34,7 +34,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         tensor.view(torch.uint8).fill_(255)  # NaN in every floating-point format
         return tensor
 
-    monkeypatch.setattr(hopper, "launch", lambda *given: (parts.append(given[1].parts), launch(*given)))
+    def watched(*given: Any) -> None:
+        parts.append(given[1].parts)
+        assert given[3].view(torch.uint8).min() == 255, "its output was written before"
+        launch(*given)
+
+    monkeypatch.setattr(hopper, "launch", watched)
     monkeypatch.setattr(LayerSequence, "_rows", lambda self, *given: poisoned(rows(self, *given)))
     monkeypatch.setattr(LayerSequence, "output", lambda self, *given: poisoned(output(self, *given)))
     return parts
@@ -78,27 +83,45 @@ def test_specialized(lab: Any, scheme: str, shape: str, more: dict[str, Any], to
 
 
 TILES = [
-    *((scheme, height, "bfloat16") for scheme, heights in HEIGHTS.items() for height in heights),
-    *(("bf16", height, "float16") for height in HEIGHTS["bf16"]),
+    *(
+        (scheme, height, "bfloat16", sizes)
+        for scheme, heights in HEIGHTS.items()
+        for height in heights
+        for sizes in ODD[scheme]
+    ),
+    *(("bf16", height, "float16", ODD["bf16"][0]) for height in HEIGHTS["bf16"]),
 ]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pattern", ["uniform", "one_hot", "dropped"])
-@pytest.mark.parametrize(("scheme", "block_m", "dtype"), TILES)
+@pytest.mark.parametrize("pattern", ["uniform", "one_hot", "dropped", "nobody"])
+@pytest.mark.parametrize("dispatcher", ["standard", "testing_batched", "testing_grouped"])
+@pytest.mark.parametrize(("scheme", "block_m", "dtype", "sizes"), TILES)
 def test_every_tile(
-    lab: Any, scheme: str, block_m: int, dtype: str, pattern: str, launched: list[int], monkeypatch: pytest.MonkeyPatch
+    lab: Any,
+    scheme: str,
+    block_m: int,
+    dtype: str,
+    sizes: tuple[int, int],
+    dispatcher: str,
+    pattern: str,
+    launched: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rows of the input with a stride of their own, experts without rows, ragged tiles."""
-    hidden, inner = ODD[scheme]
+    """Gathered and contiguous rows, also with a stride of their own; experts without rows, ragged tiles, none at all."""
+    hidden, inner = sizes
     config = lab.config(scheme=scheme, dtype=dtype, hidden_size=hidden, intermediate_size=inner)
-    layer = lab.layer(config, tokens=700, pattern=pattern)
+    layer = lab.layer(config, tokens=700, pattern="uniform" if pattern == "nobody" else pattern)
+    if pattern == "nobody":
+        layer.topk.topk_ids.fill_(-1)
     one = specialized(Problem(6, 2, hidden, inner, dtype=dtype, scheme=scheme, specialized=True), block_m)
     fixed = LayerConfig("tiles", block_m, one, one)
     monkeypatch.setattr(Planner, "__call__", lambda self, tokens: fixed)
-    plan = lab.plan(config, layer.weights, "fused")
+    plan = lab.plan(config, layer.weights, "fused" if dispatcher == "standard" else None, dispatcher=dispatcher)
     strided = torch.zeros(700, hidden + 8, dtype=layer.hidden.dtype, device=layer.hidden.device)[:, :hidden]
     strided.copy_(layer.hidden)
     result = plan(strided, layer.topk)
     assert launched == [2, 1]
-    lab.close(result, lab.expected(config, *layer), config, f"{fixed.text}, {pattern}")
+    lab.close(result, lab.expected(config, *layer), config, f"{fixed.text}, {pattern}, {dispatcher}")
+    if pattern == "nobody":
+        assert not result.any()

@@ -29,7 +29,7 @@ class RowTable:
     local_ids: Tensor | None = None
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def drawing(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What a kernel needs that draws its tiles."""
         return self.tile_expert, self.tile_start, self.starts, self.ends, self.ticket
 

@@ -188,7 +188,7 @@ class LayerSequence:
             whole = self.output(rows, state).zero_()
             out = whole.view(-1, w.n) if whole.is_contiguous() else whole
         else:
-            out = torch.empty(table.positions, w.n, dtype=self.dtype, device=rows.data.device)
+            out = self._rows(table.positions, w.n, call)
         given = Epilogue(weigh=weighing, weights=flat, factor=self.factor, scatter=by_slot)
         grouped_product(hidden, w, table, out, given, config, prefetch=not hooked)
         call.weighed = not hooked

@@ -16,8 +16,8 @@ from torch import Tensor
 from moe_core_triton.kernels.launching import dependent_launch, wait_for_inputs
 from moe_core_triton.row_table import RowTable, most_tiles
 
-ONE_LAUNCH = 2048  # slots up to which recounting all ids in every program beats a second launch (H200: 7.7 us against
-# 8.9 at 8192 slots and 128 experts, 8.4 against 12.9 at 256 experts)
+ONE_LAUNCH = 2048  # slots up to which recounting all ids in every program beats a second launch (at 8192 slots two
+# launches take 7.7 us with 128 experts and 8.4 with 256 on an H200, one takes 8.9 and 12.9)
 TWO_LAUNCHES = 8192  # slots up to which every program reads all histograms; they are 64 then
 MOST_PROGRAMS = 1024  # beyond
 CHUNKS, EXPERTS = 512, 8  # histograms summed up at a time, and experts a program of that
@@ -227,7 +227,7 @@ def align(
     tiles then).
 
     Roofline: 4 bytes a slot in, 8 out and 8 a tile (131072 slots: 1.6 MB, 0.4 us at 4.3 TB/s): latency alone counts.
-    Seen on an H200: 4 us at 512 slots, 13 at 8192; expected beyond: 10, of which about 3 are launches.
+    Seen on an H200: 4 us at 512 slots, 8 at 8192; expected beyond: 10, of which about 3 are launches.
 
     Raises ValueError for a shape, dtype or number of experts that it does not take.
     """

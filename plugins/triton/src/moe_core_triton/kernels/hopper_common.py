@@ -24,7 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moe_core_triton.kernels.hopper_queue import draw, drawn, locate, tell
+from moe_core_triton.kernels.hopper_queue import draw, drawn, first_column, is_half, locate, tell, tiles_of
 
 #: Rows of one consumer: those of a wgmma.
 ROWS = gl.constexpr(64)
@@ -97,7 +97,7 @@ def first_row(entry, size, BN: gl.constexpr, GATED: gl.constexpr, TAIL: gl.const
     """Of the weights of a tile (the first one of its gate); see `hopper_queue.locate` for TAIL."""
     COLUMNS: gl.constexpr = BN // 2 if GATED else BN
     expert, place, _, _ = entry
-    column = (place >> 2) * COLUMNS + (place & 2) * (COLUMNS // 4) if TAIL else place * COLUMNS
+    column = first_column(place, COLUMNS, TAIL)
     return expert * (2 * size) + column if GATED else expert * size + column
 
 
@@ -146,11 +146,11 @@ def produce_gathered(ring, queue, rows, w_desc, span, TOP_K: gl.constexpr, EVEN_
     BN: gl.constexpr = ring[1].shape[1]
     it, turn = 0, 0
     tile = gl.program_id(0)
-    while tile < queue[4]:
+    while tile < tiles_of(queue):
         entry = locate(queue, tile, PARTS * ROWS, GROUP_M, TAIL)
         tell(queue, turn, entry)
         number = draw(queue, True)
-        if TAIL and entry[1] & 1:
+        if TAIL and is_half(entry[1]):
             it = gather_tile(ring, it, entry, rows, w_desc, span, TOP_K, EVEN_K, STAGES, PARTS, BN // 2, TAIL)
         else:
             it = gather_tile(ring, it, entry, rows, w_desc, span, TOP_K, EVEN_K, STAGES, PARTS, BN, TAIL)
@@ -166,12 +166,12 @@ def produce_rows(ring, queue, a_desc, w_desc, span, GATED: gl.constexpr, GROUP_M
     BN: gl.constexpr = ring[1].shape[1]
     it, turn = 0, 0
     tile = gl.program_id(0)
-    while tile < queue[4]:
+    while tile < tiles_of(queue):
         entry = locate(queue, tile, PARTS * ROWS, GROUP_M, TAIL)
         tell(queue, turn, entry)
         number = draw(queue, True)
         row = first_row(entry, span[0], BN, GATED, TAIL)
-        if TAIL and entry[1] & 1:
+        if TAIL and is_half(entry[1]):
             it = produce_tile(ring, it, entry, row, a_desc, w_desc, span, True, GATED, STAGES, PARTS, BN // 2)
         else:
             it = produce_tile(ring, it, entry, row, a_desc, w_desc, span, True, GATED, STAGES, PARTS, BN)

@@ -38,7 +38,7 @@ from moe_core_triton.kernels.hopper_common import (
     rows_from,
     store_layout,
 )
-from moe_core_triton.kernels.hopper_queue import draw, drawn, hear, locate, make_queue, tell
+from moe_core_triton.kernels.hopper_queue import draw, drawn, hear, locate, make_queue, tell, tiles_of
 from moe_core_triton.kernels.launching import processors
 from moe_core_triton.kernels.quantize import magnitude_bits
 from moe_core_triton.row_table import RowTable
@@ -109,13 +109,13 @@ def _schedule(ring, queue, rows_desc, w_desc, span, HAS_ROWS: gl.constexpr, GATE
     tile = gl.program_id(0)
     here = locate(queue, tile, PARTS * ROWS, GROUP_M, False)
     tell(queue, 0, here)
-    number = draw(queue, tile < queue[4])
+    number = draw(queue, tile < tiles_of(queue))
     it, turn = 0, 0
-    while tile < queue[4]:
+    while tile < tiles_of(queue):
         after = drawn(queue, number)
         there = locate(queue, after, PARTS * ROWS, GROUP_M, False)
         tell(queue, turn + 1, there)
-        number = draw(queue, after < queue[4])
+        number = draw(queue, after < tiles_of(queue))
         row = first_row(here, span[0], BN, GATED, False)
         it = produce_tile(ring, it, here, row, rows_desc, w_desc, span, HAS_ROWS, GATED, STAGES, PARTS, BN)
         here, tile = there, after
@@ -131,7 +131,7 @@ def _gather(ring, queue, given, K, TOP_K: gl.constexpr, STAGES: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [512 // BK, BK // 16], [gl.num_warps(), 1], [1, 0])
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     cols = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
-    x_stride, K = x_stride // 16 * 16, K // 16 * 16  # as in hopper_common.produce_gathered
+    x_stride, K = x_stride // 16 * 16, K // 16 * 16  # as in hopper_common.gather_tile
     it, turn = 0, 0
     expert, _, start, count = hear(queue, 0)
     while expert >= 0:
@@ -330,7 +330,7 @@ def up_gemm_fp8(x: Tensor, x_scale: Tensor, w13: Tensor, w13_scale: Tensor, tabl
     w_desc = descriptor(w13.view(experts * twice, K), GROUP, GROUP)
     up_fp8_kernel[(grid,)](
         x, x.stride(0), w_desc if gathered else descriptor(x, ROWS.value, GROUP), x_scale, x_scale.stride(0),
-        w_desc, w13_scale, h, h.stride(0), h_scale, h_scale.stride(0), *table.tensors,
+        w_desc, w13_scale, h, h.stride(0), h_scale, h_scale.stride(0), *table.drawing,
         table.slots if gathered else table.tile_start, table.tiles, K, inter, float(alpha), float(beta),
         float(limit or 0.0), ACT=act, HAS_LIMIT=limit is not None, HAS_SLOTS=gathered, TOP_K=top_k,
         BN=2 * GROUP, BK=GROUP, STAGES=STAGES, GROUP_M=group_m, num_warps=4,
@@ -350,7 +350,7 @@ def down_gemm_fp8(h: Tensor, h_scale: Tensor, w2: Tensor, w2_scale: Tensor, tabl
     grid = min(processors(h.device), table.tiles * -(-columns // (2 * GROUP)))
     down_fp8_kernel[(grid,)](
         descriptor(h, ROWS.value, GROUP), h_scale, h_scale.stride(0),
-        descriptor(w2.view(experts * columns, K), 2 * GROUP, GROUP), w2_scale, y, y.stride(0), *table.tensors,
+        descriptor(w2.view(experts * columns, K), 2 * GROUP, GROUP), w2_scale, y, y.stride(0), *table.drawing,
         table.tile_start if table.slots is None else table.slots,
         w2_scale if row_weights is None else row_weights, float(factor), table.tiles, K, columns,
         HAS_SLOTS=table.slots is not None, HAS_WEIGHTS=row_weights is not None, BN=2 * GROUP, BK=GROUP,

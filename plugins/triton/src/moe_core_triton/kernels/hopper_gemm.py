@@ -32,7 +32,7 @@ from moe_core_triton.kernels.hopper_common import (
     produce_rows,
     store_layout,
 )
-from moe_core_triton.kernels.hopper_queue import hear, make_queue
+from moe_core_triton.kernels.hopper_queue import first_column, hear, is_half, make_queue
 from moe_core_triton.kernels.launching import processors
 from moe_core_triton.row_table import RowTable
 
@@ -93,7 +93,7 @@ def _bias_of(row, first, size, COLS: gl.constexpr):
 @gluon.jit
 def _tile_up(given, it, steps, entry, PART: gl.constexpr, PARTS: gl.constexpr, ACT: gl.constexpr,
              HAS_LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, STAGES: gl.constexpr, GATHERED: gl.constexpr,
-             BN: gl.constexpr):  # fmt: skip
+             TAIL: gl.constexpr, BN: gl.constexpr):  # fmt: skip
     """A tile of BN columns, half of them of gate and half of up: BN / 2 of h."""
     ring, _, bias, h, h_stride, span, act = given
     expert, place, start, count = entry
@@ -101,7 +101,7 @@ def _tile_up(given, it, steps, entry, PART: gl.constexpr, PARTS: gl.constexpr, A
     COLS: gl.constexpr = BN // 2
     layout: gl.constexpr = store_layout(COLS, 16)
     rows = PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    first = (place >> 2) * (ring[1].shape[1] // 2) + (place & 2) * (COLS // 2) if PARTS == 2 else place * COLS
+    first = first_column(place, ring[1].shape[1] // 2, TAIL)
     gate, up = _multiply(ring, it, steps, PART, PARTS, STAGES, GATHERED, BN)
     if HAS_BIAS:
         gate += _bias_of(bias + expert * (2 * inter), first, inter, COLS)
@@ -115,7 +115,8 @@ def _tile_up(given, it, steps, entry, PART: gl.constexpr, PARTS: gl.constexpr, A
 
 @gluon.jit
 def _consume_up(given, PART: gl.constexpr, PARTS: gl.constexpr, ACT: gl.constexpr, HAS_LIMIT: gl.constexpr,
-                HAS_BIAS: gl.constexpr, STAGES: gl.constexpr, GATHERED: gl.constexpr):  # fmt: skip
+                HAS_BIAS: gl.constexpr, STAGES: gl.constexpr, GATHERED: gl.constexpr,
+                TAIL: gl.constexpr):  # fmt: skip
     ring, queue = given[0], given[1]
     BN: gl.constexpr = ring[1].shape[1]
     steps = gl.cdiv(given[5][1], ring[0].shape[2])
@@ -124,10 +125,10 @@ def _consume_up(given, PART: gl.constexpr, PARTS: gl.constexpr, ACT: gl.constexp
     while entry[0] >= 0:
         if entry[3] <= PART * ROWS:
             pass_on(ring, it, steps, STAGES)
-        elif PARTS == 2 and entry[1] & 1:  # of the halved ones at the end
-            _tile_up(given, it, steps, entry, PART, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, GATHERED, BN // 2)
+        elif TAIL and is_half(entry[1]):
+            _tile_up(given, it, steps, entry, PART, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, GATHERED, TAIL, BN // 2)
         else:
-            _tile_up(given, it, steps, entry, PART, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, GATHERED, BN)
+            _tile_up(given, it, steps, entry, PART, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, GATHERED, TAIL, BN)
         it += steps
         turn += 1
         entry = hear(queue, turn)
@@ -187,11 +188,10 @@ def _consume_down(given, PART: gl.constexpr, PARTS: gl.constexpr, HAS_SLOTS: gl.
 def up_kernel(x, x_stride, x_desc, w_desc, bias, h, h_stride, tile_expert, tile_start, starts, ends, ticket, slots,
               tiles, K, inter, alpha, beta, limit, ACT: gl.constexpr, HAS_LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr,
               HAS_SLOTS: gl.constexpr, TOP_K: gl.constexpr, EVEN_K: gl.constexpr, PARTS: gl.constexpr,
-              BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr):  # fmt: skip
+              TAIL: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+              GROUP_M: gl.constexpr):  # fmt: skip
     ring = make_ring(w_desc.dtype, PARTS, BN, BK, STAGES, 129 if HAS_SLOTS else 1)
-    queue = make_queue(
-        (tile_expert, tile_start, starts, ends), ticket, tiles, gl.cdiv(inter, BN // 2), STAGES, PARTS == 2
-    )
+    queue = make_queue((tile_expert, tile_start, starts, ends), ticket, tiles, gl.cdiv(inter, BN // 2), STAGES, TAIL)
     span = (inter, K)
     given = (ring, queue, bias, h, h_stride, span, (alpha, beta, limit))
     rows = (slots, x, x_stride)
@@ -199,11 +199,11 @@ def up_kernel(x, x_stride, x_desc, w_desc, bias, h, h_stride, tile_expert, tile_
         if HAS_SLOTS:
             gl.warp_specialize(
                 [
-                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS, TAIL)),
+                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS, TAIL)),
                     (
                         produce_gathered,
-                        (ring, queue, rows, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES, PARTS, PARTS == 2),
+                        (ring, queue, rows, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES, PARTS, TAIL),
                     ),
                 ],
                 [4, 4],
@@ -212,9 +212,9 @@ def up_kernel(x, x_stride, x_desc, w_desc, bias, h, h_stride, tile_expert, tile_
         else:
             gl.warp_specialize(
                 [
-                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
-                    (produce_rows, (ring, queue, x_desc, w_desc, span, True, GROUP_M, STAGES, PARTS, PARTS == 2)),
+                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS, TAIL)),
+                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS, TAIL)),
+                    (produce_rows, (ring, queue, x_desc, w_desc, span, True, GROUP_M, STAGES, PARTS, TAIL)),
                 ],
                 [4, 4],
                 [216, 72],
@@ -223,12 +223,12 @@ def up_kernel(x, x_stride, x_desc, w_desc, bias, h, h_stride, tile_expert, tile_
         if HAS_SLOTS:
             gl.warp_specialize(
                 [
-                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 2, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
+                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS, TAIL)),
+                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS, TAIL)),
+                    (_consume_up, (given, 2, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS, TAIL)),
                     (
                         produce_gathered,
-                        (ring, queue, rows, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES, PARTS, PARTS == 2),
+                        (ring, queue, rows, w_desc, span, TOP_K, EVEN_K, GROUP_M, STAGES, PARTS, TAIL),
                     ),
                 ],
                 [4, 4, 4],
@@ -237,10 +237,10 @@ def up_kernel(x, x_stride, x_desc, w_desc, bias, h, h_stride, tile_expert, tile_
         else:
             gl.warp_specialize(
                 [
-                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
-                    (_consume_up, (given, 2, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS)),
-                    (produce_rows, (ring, queue, x_desc, w_desc, span, True, GROUP_M, STAGES, PARTS, PARTS == 2)),
+                    (_consume_up, (given, 0, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS, TAIL)),
+                    (_consume_up, (given, 1, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS, TAIL)),
+                    (_consume_up, (given, 2, PARTS, ACT, HAS_LIMIT, HAS_BIAS, STAGES, HAS_SLOTS, TAIL)),
+                    (produce_rows, (ring, queue, x_desc, w_desc, span, True, GROUP_M, STAGES, PARTS, TAIL)),
                 ],
                 [4, 4, 4],
                 [160, 160, 32],
@@ -304,11 +304,11 @@ def up_gemm(x: Tensor, w13: Tensor, table: RowTable, h: Tensor, *, top_k: int, a
     w_desc = descriptor(w13.view(experts * twice, K), BLOCK_N // 2 // halves, BLOCK_K)
     up_kernel[(grid,)](
         x, x.stride(0), w_desc if gathered else descriptor(x, ROWS.value, BLOCK_K), w_desc,
-        w13 if bias is None else bias, h, h.stride(0), *table.tensors,
+        w13 if bias is None else bias, h, h.stride(0), *table.drawing,
         table.slots if gathered else table.tile_start, table.tiles, K, inter, float(alpha), float(beta),
         float(limit or 0.0), ACT=act, HAS_LIMIT=limit is not None, HAS_BIAS=bias is not None, HAS_SLOTS=gathered,
-        TOP_K=top_k, EVEN_K=K % BLOCK_K == 0, PARTS=parts, BN=BLOCK_N, BK=BLOCK_K, STAGES=stages, GROUP_M=group_m,
-        num_warps=4,
+        TOP_K=top_k, EVEN_K=K % BLOCK_K == 0, PARTS=parts, TAIL=halves == 2, BN=BLOCK_N, BK=BLOCK_K,
+        STAGES=stages, GROUP_M=group_m, num_warps=4,
     )  # fmt: skip
     return h
 
@@ -325,7 +325,7 @@ def down_gemm(h: Tensor, w2: Tensor, table: RowTable, y: Tensor, *, row_weights:
     down_kernel[(grid,)](
         descriptor(h, ROWS.value, BLOCK_K),
         descriptor(w2.view(experts * columns, K), BLOCK_N, BLOCK_K), w2 if bias is None else bias, y, y.stride(0),
-        *table.tensors, table.tile_start if table.slots is None else table.slots,
+        *table.drawing, table.tile_start if table.slots is None else table.slots,
         table.ends if row_weights is None else row_weights, float(factor), table.tiles, K, columns,
         HAS_SLOTS=table.slots is not None, HAS_WEIGHTS=row_weights is not None, HAS_BIAS=bias is not None, PARTS=parts,
         BN=BLOCK_N, BK=BLOCK_K, STAGES=stages, GROUP_M=group_m, num_warps=4,

@@ -366,7 +366,7 @@ def up_gemm_mxfp4(x: Tensor, w13: Tensor, scale: Tensor, table: RowTable, h: Ten
     w_desc = descriptor(data, 32 * parts * blocks, 64)
     up_mxfp4_kernel[(grid,)](
         x, x.stride(0), w_desc if gathered else descriptor(x, min(block_m, 64), 64), w_desc, scales,
-        scales if bias is None else bias, h, h.stride(0), *table.tensors,
+        scales if bias is None else bias, h, h.stride(0), *table.drawing,
         table.slots if gathered else table.tile_start, table.tiles, x.shape[1], inter, float(alpha), float(beta),
         float(limit or 0.0), ACT=act, HAS_LIMIT=limit is not None, HAS_BIAS=bias is not None, HAS_SLOTS=gathered,
         TOP_K=top_k, EVEN_K=x.shape[1] % 128 == 0, BM=block_m, PARTS=parts, BLOCKS=blocks, STAGES=stages,
@@ -388,7 +388,7 @@ def down_gemm_mxfp4(h: Tensor, w2: Tensor, scale: Tensor, table: RowTable, y: Te
     grid = min(processors(h.device), table.tiles * -(-columns // (64 * parts * blocks)))
     down_mxfp4_kernel[(grid,)](
         descriptor(h, min(block_m, 64), 64), descriptor(data, 32 * parts * blocks, 64), scales,
-        scales if bias is None else bias, y, y.stride(0), *table.tensors,
+        scales if bias is None else bias, y, y.stride(0), *table.drawing,
         table.tile_start if table.slots is None else table.slots, table.ends if row_weights is None else row_weights,
         float(factor), table.tiles, h.shape[1], columns, HAS_SLOTS=table.slots is not None,
         HAS_WEIGHTS=row_weights is not None, HAS_BIAS=bias is not None, BM=block_m, PARTS=parts, BLOCKS=blocks,

@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
 from moe_core_triton.kernels.hopper_common import copy_rows, make_barriers, rows_from
-from moe_core_triton.kernels.hopper_queue import draw, drawn, locate, tell
+from moe_core_triton.kernels.hopper_queue import draw, drawn, locate, tell, tiles_of
 from moe_core_triton.kernels.hopper_unpack import HALF
 
 
@@ -41,7 +41,7 @@ def produce_gathered(ring, queue, given, w_desc, span, TOP_K: gl.constexpr, EVEN
     cols = gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
     it, turn = 0, 0
     tile = gl.program_id(0)
-    while tile < queue[4]:
+    while tile < tiles_of(queue):
         entry = locate(queue, tile, BM, GROUP_M, False)
         tell(queue, turn, entry)
         number = draw(queue, True)
@@ -84,7 +84,7 @@ def produce_rows(ring, queue, a_desc, w_desc, span, GATED: gl.constexpr, BM: gl.
     BOX: gl.constexpr = w_ring.shape[1]
     it, turn = 0, 0
     tile = gl.program_id(0)
-    while tile < queue[4]:
+    while tile < tiles_of(queue):
         entry = locate(queue, tile, BM, GROUP_M, False)
         tell(queue, turn, entry)
         number = draw(queue, True)
