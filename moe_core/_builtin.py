@@ -103,6 +103,56 @@ ALLGATHER_DISPATCHER: Final = DispatcherSpec(
     },
 )
 
+_ALLTOALL_SUPPORT: Final = Support(
+    devices={"*": ("*",)},
+    tokens=frozenset({"sharded"}),
+    host_sync=frozenset(Phase),
+    ep_sizes=(2, None),
+)
+
+ALLTOALL_DISPATCHER: Final = DispatcherSpec(
+    name="alltoall",
+    summary="a token travels once to each rank that it needs (torch.distributed); one host sync a call",
+    factory="moe_core.dispatchers.torch_distributed.alltoall:AllToAllDispatcher",
+    formats=dict.fromkeys(Phase, STANDARD),
+    offers={
+        STANDARD: Offers(
+            id_spaces=frozenset(IdSpace),
+            dropped=frozenset({DroppedSlot.NEGATIVE, DroppedSlot.SINK}),
+            payloads=_ROW_PAYLOADS,
+            ids_dtypes=frozenset({"int32", "int64"}),
+            extras=frozenset({"expert_map", "expert_mask"}),
+            can=frozenset(Step) - {Step.EP_REDUCE},
+            always=frozenset({Step.EP_REDUCE}),
+        )
+    },
+    support=replace(_ALLTOALL_SUPPORT, features=frozenset({"no_combine"})),
+    priority=90,
+    split_phases=True,
+    maturity=_RAN_HERE,
+)
+
+ALLTOALL_GROUPED_DISPATCHER: Final = DispatcherSpec(
+    name="alltoall_grouped",
+    summary="as alltoall, with rows sorted by expert, one a slot",
+    factory="moe_core.dispatchers.torch_distributed.alltoall:GroupedAllToAllDispatcher",
+    formats=dict.fromkeys(Phase, GROUPED),
+    offers={
+        GROUPED: Offers(
+            id_spaces=frozenset({IdSpace.LOCAL}),
+            dropped=frozenset({DroppedSlot.NEGATIVE}),
+            payloads=_ROW_PAYLOADS,
+            ids_dtypes=frozenset({"int32", "int64"}),
+            can=frozenset({Step.ROUTER_WEIGHT, Step.ROUTED_SCALING, Step.TP_REDUCE}),
+            always=frozenset({Step.TOPK_SUM, Step.EP_REDUCE}),
+        )
+    },
+    support=_ALLTOALL_SUPPORT,
+    priority=85,
+    split_phases=True,
+    maturity=_RAN_HERE,
+)
+
 REFERENCE_RUNNER: Final = RunnerSpec(
     name="reference",
     summary="the oracle: every scheme, format and option on any device, float32 accumulation, slow",
@@ -191,7 +241,7 @@ class CorePlugin:
 
     @hookimpl
     def moe_core_dispatchers(self) -> tuple[DispatcherSpec, ...]:
-        return (STANDARD_DISPATCHER, ALLGATHER_DISPATCHER)
+        return (STANDARD_DISPATCHER, ALLGATHER_DISPATCHER, ALLTOALL_DISPATCHER, ALLTOALL_GROUPED_DISPATCHER)
 
     @hookimpl
     def moe_core_runners(self) -> tuple[RunnerSpec, ...]:

@@ -20,11 +20,11 @@ from torch import Tensor
 from moe_core.dispatchers.standard import expert_map, expert_mask, id_table
 from moe_core.dispatchers.steps import finish_slots, taken_on
 from moe_core.dispatchers.torch_distributed.groups import make_groups
+from moe_core.dispatchers.torch_distributed.payload import as_bytes, travelling
 from moe_core.dispatchers.torch_distributed.rows import RowsOfRanks
 from moe_core.errors import BindError
 from moe_core.formats import StandardCombineInput, StandardDispatchOutput
 from moe_core.protocols import Binding, RunningState
-from moe_core.quant import quantize_activation
 from moe_core.topk import TopKOutput
 from moe_core.vocabulary import DroppedSlot, Step
 
@@ -78,22 +78,14 @@ class AllGatherDispatcher:
         ids = _padded(topk_output.topk_ids.to(torch.int32), rows, -1)
         weights = _padded(topk_output.topk_weights.to(torch.float32), rows, 0)
         sent = [torch.cat([ids, weights.view(torch.int32)], dim=1)]
-        if self._payload == "bf16":
-            sent.append(_padded(hidden_states, rows, 0))
-        else:
-            data, scale = quantize_activation(_padded(hidden_states, rows, 0), self._payload)
-            if not isinstance(scale, Tensor):
-                raise BindError(f"payload {self._payload!r} has no scale a row")
-            sent += [data, scale]
+        sent += travelling(_padded(hidden_states, rows, 0), self._payload)
         output, state.output = state.output, None
         parts = [part.new_empty(self._ranks * rows, *part.shape[1:]) for part in sent]
-        works = [self._gather(into, part.contiguous()) for into, part in zip(parts, sent, strict=True)] if rows else []
+        works = []
+        for into, part in zip(parts, sent, strict=True) if rows else ():
+            given = as_bytes(into), as_bytes(part)
+            works.append(dist.all_gather_into_tensor(*given, group=self._groups.ep, async_op=True))
         return Flying(works, parts, (tokens, rows, top_k, output))
-
-    def _gather(self, into: Tensor, part: Tensor) -> Any:
-        if part.dtype.itemsize == 1:  # no backend knows all of the eight-bit floats
-            into, part = into.view(torch.uint8), part.view(torch.uint8)
-        return dist.all_gather_into_tensor(into, part, group=self._groups.ep, async_op=True)
 
     def dispatch_finish(self, handle: Flying, state: RunningState) -> StandardDispatchOutput:
         """Wait for them."""

@@ -108,7 +108,7 @@ def test_every_tile(
     launched: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Gathered and contiguous rows, also with a stride of their own; experts without rows, ragged tiles, none at all."""
+    """Gathered and contiguous rows, also with their own stride; experts without rows, ragged tiles, none at all."""
     hidden, inner = sizes
     config = lab.config(scheme=scheme, dtype=dtype, hidden_size=hidden, intermediate_size=inner)
     layer = lab.layer(config, tokens=700, pattern="uniform" if pattern == "nobody" else pattern)

@@ -1,4 +1,4 @@
-"""A whole EP layer by `allgather` equals the layer of one rank, whatever the ranks bring."""
+"""A whole EP layer by each dispatcher on torch.distributed equals the layer of one rank, whatever the ranks bring."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def compare(counts, *, placement="linear", tp=1, told=False, phase=None, repeat=
     layer = make_layer(config, 5, tokens=sum(counts))
     layer.topk.topk_ids[::4, 0] = -1
     whole = moe_core.plan(config, layer.weights, runner="reference")(layer.hidden, layer.topk)
-    settings = moe_core.Settings(runner="reference", dispatcher="allgather", options={"allgather": options})
+    settings = moe_core.Settings(runner="reference", dispatcher=NAME, options={NAME: options} if options else {})
     plan = moe_core.plan(config, layer.weights.shard(config, parallel), parallel, group=group, max_tokens=MOST,
                          settings=settings)
     mine = parallel.ep_rank
@@ -49,22 +49,25 @@ MORE = """
 from moe_core.specs import Wants
 from moe_core.testing import probe
 from moe_core.testing.layers import make_routing
-from moe_core.vocabulary import STANDARD, DroppedSlot, IdSpace
+from moe_core.vocabulary import GROUPED, STANDARD, DroppedSlot, IdSpace, Step
+
+FORMAT = GROUPED if NAME == "alltoall_grouped" else STANDARD
 
 def probed(payload="bf16", id_space=IdSpace.LOCAL, dropped=DroppedSlot.NEGATIVE, can=None, flights=1):
     "Experts that multiply: the weighted sum, on any terms, with several calls in flight."
     counts = (3, 5, 0, 2)
     config = MoeConfig(num_experts=10, top_k=3, hidden_size=256, intermediate_size=32, dtype="float32",
                        scheme="fp8_block128" if payload != "bf16" else "bf16", routed_scaling_factor=0.5)
-    changes = {} if can is None else {"can": frozenset(can)}
-    wants = Wants(payloads=(payload,), id_spaces=(id_space,), dropped=(dropped,), extras=frozenset({"expert_map"}),
-                  **changes)
-    registry = moe_core.registry.Registry([probe.probe_plugin(STANDARD, wants)])
+    if can is None:
+        can = {Step.ROUTER_WEIGHT, Step.ROUTED_SCALING} | ({Step.TOPK_SUM} if FORMAT == STANDARD else set())
+    wants = Wants(payloads=(payload,), id_spaces=(id_space,), dropped=(dropped,), can=frozenset(can),
+                  extras=frozenset({"expert_map"} if FORMAT == STANDARD else ()))
+    registry = moe_core.registry.Registry([probe.probe_plugin(FORMAT, wants)])
     parallel = ParallelConfig(ep_size=ranks, ep_rank=rank, tokens="sharded", placement="round_robin")
     weights = make_layer(config, 5, tokens=1).weights.shard(config, parallel)
     plan = moe_core.plan(config, weights, parallel, group=group, max_tokens=MOST, registry=registry,
-                         settings=moe_core.Settings(runner=probe.NAME, dispatcher="allgather"))
-    assert plan.terms[STANDARD].payload == payload, plan.terms
+                         settings=moe_core.Settings(runner=probe.NAME, dispatcher=NAME))
+    assert plan.terms[FORMAT].payload == payload, plan.terms
     calls, worst = [], 0.0
     for i in range(flights):
         made = make_layer(config, 100 * i + rank, tokens=counts[rank])
@@ -87,7 +90,7 @@ def refused(**changes):
     parallel = ParallelConfig(ep_size=ranks, ep_rank=rank, tokens="sharded")
     layer = make_layer(config, 5, tokens=4)
     plan = moe_core.plan(config, layer.weights.shard(config, parallel), parallel, group=group, max_tokens=MOST,
-                         settings=moe_core.Settings(runner="reference", dispatcher="allgather"))
+                         settings=moe_core.Settings(runner="reference", dispatcher=NAME))
     plan(layer.hidden, layer.topk, state=RunningState(**changes))
 """
 
@@ -134,34 +137,54 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+#: What only rows without a sum, or a fixed number of them, have.
+NOT_FOR = {
+    "alltoall": {"equal", *REFUSED},
+    "alltoall_grouped": {"equal", "no_combine", "global", "sink", *REFUSED},
+}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(name, n) for name in ("allgather", "alltoall", "alltoall_grouped") for n in (2, 4)],
+    ids=str,
+)
 def said(request: pytest.FixtureRequest, ranks: Callable[..., list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    calls = CASES | PROBED | {name: call for name, (call, _) in REFUSED.items()}
-    if request.param == 4:
+    """What each rank said to every call that is for this dispatcher."""
+    name, count = request.param
+    calls = CASES | PROBED | {refusal: call for refusal, (call, _) in REFUSED.items()}
+    if count == 4:
         calls["tp"] = "compare([5, 2], tp=2)"
-    lines = "".join(f"say({name!r}, lambda: {call})\n" for name, call in calls.items())
-    return ranks(request.param, LAYER + MORE + lines)
+    lines = (
+        f"say({call!r}, lambda: {source})\n" for call, source in calls.items() if call not in NOT_FOR.get(name, ())
+    )
+    return ranks(count, f"NAME = {name!r}\n" + LAYER + MORE + "".join(lines))
+
+
+def answers(said: list[dict[str, Any]], name: str) -> list[Any]:
+    """Of all ranks."""
+    if name not in said[0]:
+        pytest.skip("not for this dispatcher")
+    return [rank[name] for rank in said]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_one_rank(name: str, said: list[dict[str, Any]]) -> None:
+    found = answers(said, name)
+    assert all(isinstance(error, float) and error <= LIMITS.get(name, 1e-5) for error in found), found
 
 
 @pytest.mark.parametrize("name", PROBED)
 def test_the_weighted_sum_on_any_terms(name: str, said: list[dict[str, Any]]) -> None:
-    found = [rank[name] for rank in said]
+    found = answers(said, name)
     assert all(isinstance(error, float) and error <= 1e-5 for error in found), found
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_counts_that_cannot_be(name: str, said: list[dict[str, Any]]) -> None:
-    found = [rank[name] for rank in said]
+    found = answers(said, name)
     assert all(text.startswith("ContractViolation") and REFUSED[name][1] in text for text in found), found
 
 
 def test_tensor_parallel_too(said: list[dict[str, Any]]) -> None:
-    if len(said) == 2:
-        pytest.skip("four ranks")
-    assert max(rank["tp"] for rank in said) <= 1e-5
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_as_one_rank(name: str, said: list[dict[str, Any]]) -> None:
-    found = [rank[name] for rank in said]
-    assert all(isinstance(error, float) and error <= LIMITS.get(name, 1e-5) for error in found), found
+    assert max(answers(said, "tp")) <= 1e-5
