@@ -40,6 +40,7 @@ from moe_core.topk import BypassedTopK, TopKOutput
 from moe_core.vocabulary import PLUGIN_API, DroppedSlot, IdSpace, Maturity, Owner, Phase, Step
 
 if TYPE_CHECKING:
+    from moe_core.balancing import ExpertLoad, ExpertReplicas
     from moe_core.layer import MoeLayer
     from moe_core.moe_plan import MoePlan
     from moe_core.routing import route
@@ -56,6 +57,8 @@ __all__ = [
     "ContractViolation",
     "DependencyError",
     "DroppedSlot",
+    "ExpertLoad",
+    "ExpertReplicas",
     "HardwareInfo",
     "HookRows",
     "IdSpace",
@@ -103,6 +106,8 @@ __all__ = [
 # What needs torch is loaded when it is first touched.
 _LAZY = {
     "CanonicalWeights": "moe_core.weights",
+    "ExpertLoad": "moe_core.balancing",
+    "ExpertReplicas": "moe_core.balancing",
     "MoeLayer": "moe_core.layer",
     "MoePlan": "moe_core.moe_plan",
     "canonical_gate_up": "moe_core.weights",

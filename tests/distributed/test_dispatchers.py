@@ -18,7 +18,7 @@ def tokens_of(layer, counts, r):
     rows = slice(start, start + counts[r])
     return layer.hidden[rows], TopKOutput(layer.topk.topk_ids[rows], layer.topk.topk_weights[rows])
 
-def compare(counts, *, placement="linear", tp=1, told=False, phase=None, repeat=1, config=None, **options):
+def compare(counts, *, placement="linear", tp=1, told=False, repeat=1, config=None, replicas=None, **options):
     "The largest difference from one rank's plan, relative to its largest value."
     config = config or MoeConfig(num_experts=10, top_k=3, hidden_size=64, intermediate_size=32, dtype="float32",
                                  routed_scaling_factor=1.5)
@@ -29,10 +29,13 @@ def compare(counts, *, placement="linear", tp=1, told=False, phase=None, repeat=
     layer.topk.topk_ids[::4, 0] = -1
     whole = moe_core.plan(config, layer.weights, runner="reference")(layer.hidden, layer.topk)
     settings = moe_core.Settings(runner="reference", dispatcher=NAME, options={NAME: options} if options else {})
-    plan = moe_core.plan(config, layer.weights.shard(config, parallel), parallel, group=group, max_tokens=MOST,
-                         settings=settings)
-    mine = parallel.ep_rank
+    mine, weights = parallel.ep_rank, layer.weights
     hidden, topk = tokens_of(layer, counts, mine)
+    if replicas is not None:
+        copies = moe_core.ExpertReplicas(replicas)
+        config, weights, topk = copies.config(config), copies.weights(weights), copies.physical(topk, offset=mine)
+    plan = moe_core.plan(config, weights.shard(config, parallel), parallel, group=group, max_tokens=MOST,
+                         settings=settings)
     start = sum(counts[:mine])
     expected = whole[start : start + counts[mine]]
     worst = 0.0
@@ -102,6 +105,7 @@ CASES = {
     "equal": "compare([4] * ranks, equal_tokens=True)",
     "round_robin": "compare([3, 7, 2, 4][:ranks], placement='round_robin')",
     "map": "compare([3, 7, 2, 4][:ranks], placement=tuple((e * e) % ranks for e in range(10)))",
+    "replicas": "compare([3, 7, 2, 4][:ranks], replicas=(*range(10), 3, 3, 7, 0), placement='round_robin')",
     "no_combine": (
         "compare([3, 0, 2, 4][:ranks], config=MoeConfig(num_experts=10, top_k=3, hidden_size=64,"
         " intermediate_size=32, dtype='float32', no_combine=True))"

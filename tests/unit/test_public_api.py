@@ -29,6 +29,8 @@ PUBLIC = [
     "ContractViolation",
     "DependencyError",
     "DroppedSlot",
+    "ExpertLoad",
+    "ExpertReplicas",
     "HardwareInfo",
     "HookRows",
     "IdSpace",
