@@ -5,8 +5,8 @@
 
 Every rank brings its own tokens, T each, with uniform random routing. Times are medians, of the slowest rank. `remote`
 is what a rank sends to others in dispatch and combine together, and its rate over their time; the floor is that at 450
-GB/s (NVLink 4, one direction). `compute` is `plan.run` on what was dispatched; efficiency is compute / layer. Checked in
-the same run: the result against the dispatcher `standard` on the tokens of all ranks.
+GB/s (NVLink 4, one direction). `compute` is `plan.run` on what was dispatched; efficiency is compute / layer. The
+result is checked in the same run, against the dispatcher `standard` on the tokens of all ranks.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from moe_core.capability import Reason, Requires, Support
 from moe_core.config import Activation, MoeConfig, ParallelConfig, RoutingConfig
 from moe_core.errors import (
     BindError,
+    CommunicationError,
     ConfigError,
     ContractViolation,
     DependencyError,
@@ -53,6 +54,7 @@ __all__ = [
     "Binding",
     "BypassedTopK",
     "CanonicalWeights",
+    "CommunicationError",
     "ConfigError",
     "ContractViolation",
     "DependencyError",

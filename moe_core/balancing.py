@@ -98,7 +98,7 @@ class ExpertLoad:
         self._counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=device)
 
     def add(self, topk_ids: Tensor) -> None:
-        """Count the ids [T, K] of a call, but for dropped slots. Nothing waits for the device; a graph may capture it."""
+        """Count the ids [T, K] of a call, but for dropped slots. Nothing waits for the device; graphs can hold it."""
         experts = self._counts.shape[0] - 1
         ids = topk_ids.reshape(-1).long()
         ids = torch.where((ids >= 0) & (ids < experts), ids, experts)

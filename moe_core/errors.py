@@ -15,7 +15,8 @@
     |   |-- DependencyError        a target could not be imported
     |   |-- LayoutMismatch         weights in another scheme or layout than the runner declared
     |   `-- WeightError            wrong shapes, dtypes, devices or strides of weights
-    `-- ContractViolation      a value broke the agreed terms (bad input; the full check is MOE_CORE_CHECK=1)
+    |-- ContractViolation      a value broke the agreed terms (bad input; the full check is MOE_CORE_CHECK=1)
+    `-- CommunicationError     a collective failed or timed out
 
 `str(error)` says what was asked, what was found and what to do. Catch `MoeCoreError` to catch them all.
 """
@@ -121,6 +122,10 @@ class WeightError(BindError):
 
 class ContractViolation(MoeCoreError):
     """A value broke the agreed terms."""
+
+
+class CommunicationError(MoeCoreError):
+    """A collective failed or timed out: another rank is dead, late, or elsewhere."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

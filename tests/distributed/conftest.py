@@ -16,11 +16,12 @@ import moe_core
 
 #: Before and after a rank's script: `rank`, `ranks`, `group` and `say` are there.
 BEFORE = """
-import json, os, sys, torch, moe_core
+import datetime, json, os, sys, time, torch, moe_core
 import torch.distributed as dist
 torch.set_num_threads(1)
 rank, ranks, rendezvous = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
+patience = {"timeout": datetime.timedelta(seconds=float(sys.argv[4]))} if len(sys.argv) > 4 else {}
+dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks, **patience)
 group, said = dist.group.WORLD, {}
 
 def say(name, work):
@@ -40,16 +41,25 @@ LIMIT = 120
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], list[dict[str, Any]]]:
-    """See the module."""
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
+    """See the module. patience: seconds that the group waits for a rank."""
 
-    def run(count: int, source: str) -> list[dict[str, Any]]:
+    def run(count: int, source: str, patience: float | None = None) -> list[dict[str, Any]]:
         folder = tmp_path_factory.mktemp("gloo")
         (folder / "rank.py").write_text(BEFORE + source + AFTER)
+        more = [] if patience is None else [str(patience)]
         where = {"PYTHONPATH": str(Path(moe_core.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
         processes = [
             subprocess.Popen(
-                [sys.executable, "-P", str(folder / "rank.py"), str(rank), str(count), str(folder / "rendezvous")],
+                [
+                    sys.executable,
+                    "-P",
+                    str(folder / "rank.py"),
+                    str(rank),
+                    str(count),
+                    str(folder / "rendezvous"),
+                    *more,
+                ],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -25,6 +25,7 @@ PUBLIC = [
     "Binding",
     "BypassedTopK",
     "CanonicalWeights",
+    "CommunicationError",
     "ConfigError",
     "ContractViolation",
     "DependencyError",

@@ -22,6 +22,7 @@ from moe_core.dispatchers.steps import finish_slots, taken_on
 from moe_core.dispatchers.torch_distributed.groups import make_groups
 from moe_core.dispatchers.torch_distributed.payload import as_bytes, travelling
 from moe_core.dispatchers.torch_distributed.rows import RowsOfRanks
+from moe_core.dispatchers.torch_distributed.waiting import together
 from moe_core.errors import BindError
 from moe_core.formats import StandardCombineInput, StandardDispatchOutput
 from moe_core.protocols import Binding, RunningState
@@ -82,15 +83,17 @@ class AllGatherDispatcher:
         output, state.output = state.output, None
         parts = [part.new_empty(self._ranks * rows, *part.shape[1:]) for part in sent]
         works = []
-        for into, part in zip(parts, sent, strict=True) if rows else ():
-            given = as_bytes(into), as_bytes(part)
-            works.append(dist.all_gather_into_tensor(*given, group=self._groups.ep, async_op=True))
+        with together("gathering tokens", self._groups.ep):
+            for into, part in zip(parts, sent, strict=True) if rows else ():
+                given = as_bytes(into), as_bytes(part)
+                works.append(dist.all_gather_into_tensor(*given, group=self._groups.ep, async_op=True))
         return Flying(works, parts, (tokens, rows, top_k, output))
 
     def dispatch_finish(self, handle: Flying, state: RunningState) -> StandardDispatchOutput:
         """Wait for them."""
-        for work in handle.works:
-            work.wait()
+        with together("gathering tokens", self._groups.ep):
+            for work in handle.works:
+                work.wait()
         tokens, rows, top_k, output = handle.handle
         ids, weights = handle.parts[0][:, :top_k], handle.parts[0][:, top_k:].view(torch.float32)
         # -1 and the sink id find the table's last entry, which is the dropped id.
@@ -118,16 +121,19 @@ class AllGatherDispatcher:
         mine = result.new_empty(handle.rows, *result.shape[1:])
         works = []
         if handle.rows:
-            works = [dist.reduce_scatter_tensor(mine, result.contiguous(), group=self._groups.ep, async_op=True)]
+            with together("summing results", self._groups.ep):
+                works = [dist.reduce_scatter_tensor(mine, result.contiguous(), group=self._groups.ep, async_op=True)]
         return Flying(works, [mine], handle)
 
     def combine_finish(self, handle: Flying, state: RunningState) -> Tensor:
         """Wait for it."""
-        for work in handle.works:
-            work.wait()
+        with together("summing results", self._groups.ep):
+            for work in handle.works:
+                work.wait()
         result = handle.parts[0][: handle.handle.tokens]
         if self._groups.tp is not None:
-            dist.all_reduce(result, group=self._groups.tp)
+            with together("summing results of TP ranks", self._groups.tp):
+                dist.all_reduce(result, group=self._groups.tp)
         if self._scale != 1.0:
             result = result * self._scale
         output = handle.handle.output

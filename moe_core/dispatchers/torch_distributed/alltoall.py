@@ -21,6 +21,7 @@ from moe_core.dispatchers.steps import finish_slots, taken_on
 from moe_core.dispatchers.torch_distributed.groups import make_groups
 from moe_core.dispatchers.torch_distributed.payload import as_bytes, travelling
 from moe_core.dispatchers.torch_distributed.routes import Route, Router, gathered
+from moe_core.dispatchers.torch_distributed.waiting import together
 from moe_core.errors import BindError
 from moe_core.formats import (
     GroupedCombineInput,
@@ -83,18 +84,21 @@ class AllToAllDispatcher:
     def dispatch_begin(self, hidden_states: Tensor, topk_output: TopKOutput, state: RunningState) -> Flying:
         """Find the way, which waits for the other ranks and for the device, and start the transfers."""
         ids, weights = topk_output.topk_ids, topk_output.topk_weights.to(torch.float32)
-        route, there = self._router.find(ids)
+        with together("agreeing on the number of rows", self._groups.ep):
+            route, there = self._router.find(ids)
         parts = [torch.cat([there, weights[route.token].view(torch.int32)], dim=1)]
         parts += [as_bytes(part)[route.token].view(part.dtype) for part in travelling(hidden_states, self._payload)]
-        started = [self._router.send(part, route) for part in parts]
+        with together("sending tokens", self._groups.ep):
+            started = [self._router.send(part, route) for part in parts]
         output, state.output = state.output, None
         works, received = [work for _, work in started], [rows for rows, _ in started]
         return Flying(works, received, (route, ids.shape[1], output))
 
     def dispatch_finish(self, handle: Flying, state: RunningState) -> Any:
         """Wait for them."""
-        for work in handle.works:
-            work.wait()
+        with together("sending tokens", self._groups.ep):
+            for work in handle.works:
+                work.wait()
         route, top_k, output = handle.handle
         local, weights = handle.parts[0][:, :top_k], handle.parts[0][:, top_k:].view(torch.float32)
         scale = handle.parts[2] if len(handle.parts) > 2 else None
@@ -129,16 +133,20 @@ class AllToAllDispatcher:
     def combine_begin(self, combine_input: StandardCombineInput | GroupedCombineInput, state: RunningState) -> Flying:
         """Start sending results back."""
         handle: Handle = combine_input.handle
-        rows, work = self._router.send(self._rows(combine_input, handle).contiguous(), handle.route, back=True)
+        result = self._rows(combine_input, handle).contiguous()
+        with together("sending results back", self._groups.ep):
+            rows, work = self._router.send(result, handle.route, back=True)
         return Flying([work], [rows], handle)
 
     def combine_finish(self, handle: Flying, state: RunningState) -> Tensor:
         """Wait for them, and add up."""
-        for work in handle.works:
-            work.wait()
+        with together("sending results back", self._groups.ep):
+            for work in handle.works:
+                work.wait()
         result = gathered(handle.parts[0], handle.handle.route.place)
         if self._groups.tp is not None:
-            dist.all_reduce(result, group=self._groups.tp)
+            with together("summing results of TP ranks", self._groups.tp):
+                dist.all_reduce(result, group=self._groups.tp)
         if self._scale != 1.0:
             result = result * self._scale
         output = handle.handle.output
