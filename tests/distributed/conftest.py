@@ -51,15 +51,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[s
         where = {"PYTHONPATH": str(Path(moe_core.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
         processes = [
             subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    str(folder / "rank.py"),
-                    str(rank),
-                    str(count),
-                    str(folder / "rendezvous"),
-                    *more,
-                ],
+                [sys.executable, "-P", *map(str, (folder / "rank.py", rank, count, folder / "rendezvous")), *more],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

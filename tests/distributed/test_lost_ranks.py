@@ -16,7 +16,8 @@ config = MoeConfig(num_experts=8, top_k=2, hidden_size=32, intermediate_size=16,
 parallel = ParallelConfig(ep_size=2, ep_rank=rank, tokens="sharded")
 layer = make_layer(config, 1, tokens=6)
 settings = moe_core.Settings(runner="reference", dispatcher=NAME)
-plan = moe_core.plan(config, layer.weights.shard(config, parallel), parallel, group=group, max_tokens=6, settings=settings)
+plan = moe_core.plan(config, layer.weights.shard(config, parallel), parallel, group=group, max_tokens=6,
+                     settings=settings)
 plan(layer.hidden, layer.topk)
 began = time.monotonic()
 if rank == 1:
