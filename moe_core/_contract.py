@@ -109,6 +109,11 @@ def refuse_phase(phase: object, phases: tuple[Phase, ...]) -> NoReturn:
     )
 
 
+def refuse_closed(*_: Any) -> NoReturn:
+    """A call after `MoePlan.close`."""
+    raise ContractViolation("the plan was closed", hint="make a new plan")
+
+
 def check_hooks(hooks: RunnerHooks, bound: frozenset[str]) -> None:
     """Refuse hooks that the plan was not made for: its kernels might never call them."""
     wanted = {f.name for f in fields(hooks) if getattr(hooks, f.name) is not None}

@@ -30,6 +30,7 @@ class MoePlan:
 
     A server that overlaps communication with other work drives the steps itself: `dispatch` (or `dispatch_begin` and
     `dispatch_finish`), `run`, `combine` (or `combine_begin` and `combine_finish`), with one `RunningState` a call.
+    `close` ends it where a dispatcher holds more than tensors.
     """
 
     __slots__ = (
@@ -235,6 +236,18 @@ class MoePlan:
         with pack_weights=False) writes into those that the plan was made with.
         """
         self._update(self, weights)
+
+    def close(self) -> None:
+        """Give back what the dispatcher holds beyond tensors: communication buffers, say. The plan cannot run again.
+
+        Where ranks share the layer, close it on all of them, in the same order. Closing twice does nothing.
+        """
+        close = getattr(self.dispatcher, "close", None)
+        if close is not None:
+            close()
+        self._dispatch = self._dispatch_begin = _contract.refuse_closed
+        if self._whole is not None:
+            self._whole = _contract.refuse_closed
 
     def step_owner(self, step: Step) -> Owner | None:
         """Who performs a step of the layer; None where it has no such step. What the caller does, no phase changes."""

@@ -147,7 +147,8 @@ class Dispatcher(Protocol):
     """Moves tokens to the ranks that own their experts, and back.
 
     It keeps nothing between the two calls: what `combine` needs travels in the data (`handle`), so that two
-    micro-batches can be in flight.
+    micro-batches can be in flight. One that holds more than tensors (communication buffers) has a method `close()` too,
+    which `MoePlan.close` calls.
     """
 
     def dispatch(self, hidden_states: Tensor, topk_output: AnyTopK, state: RunningState) -> Any:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moe_core.testing.fakes import dispatcher_like, fake_hardware, fake_plugin, runner_like
     from moe_core.testing.layers import Layer, make_layer, make_routing
     from moe_core.testing.parametrization import parametrize_with_checks
+    from moe_core.testing.processes import run_ranks
     from moe_core.testing.profile import ConformanceProfile
     from moe_core.testing.registration import CheckFailed, CheckSkipped, check
     from moe_core.testing.running import CheckResult, iter_checks, run_checks
@@ -45,6 +46,7 @@ __all__ = [
     "make_routing",
     "parametrize_with_checks",
     "run_checks",
+    "run_ranks",
     "runner_like",
     "tolerance",
 ]
@@ -68,6 +70,7 @@ _LAZY = {
     "make_routing": "layers",
     "parametrize_with_checks": "parametrization",
     "run_checks": "running",
+    "run_ranks": "processes",
     "runner_like": "fakes",
     "tolerance": "tolerances",
 }

@@ -88,6 +88,18 @@ def probed(payload="bf16", id_space=IdSpace.LOCAL, dropped=DroppedSlot.NEGATIVE,
             worst = max(worst, float((result.double() - wanted).abs().max() / wanted.abs().max()))
     return worst
 
+def groups_of(layers):
+    "The TP and EP groups of several layers: how many there are."
+    made = [layered(seed).dispatcher._groups for seed in range(layers)]
+    return len({(id(groups.ep), id(groups.tp)) for groups in made})
+
+def layered(seed):
+    config = MoeConfig(num_experts=10, top_k=3, hidden_size=64, intermediate_size=32, dtype="float32")
+    parallel = ParallelConfig(ep_size=2, ep_rank=rank // 2, tp_size=2, tp_rank=rank % 2, tokens="sharded")
+    weights = make_layer(config, seed, tokens=1).weights.shard(config, parallel)
+    return moe_core.plan(config, weights, parallel, group=group, max_tokens=MOST,
+                         settings=moe_core.Settings(runner="reference", dispatcher=NAME))
+
 def refused(**changes):
     config = MoeConfig(num_experts=10, top_k=3, hidden_size=64, intermediate_size=32, dtype="float32")
     parallel = ParallelConfig(ep_size=ranks, ep_rank=rank, tokens="sharded")
@@ -159,6 +171,7 @@ def said(request: pytest.FixtureRequest, ranks: Callable[..., list[dict[str, Any
     calls = CASES | PROBED | {refusal: call for refusal, (call, _) in REFUSED.items()}
     if count == 4:
         calls["tp"] = "compare([5, 2], tp=2)"
+        calls["tp groups"] = "groups_of(3)"
     lines = (
         f"say({call!r}, lambda: {source})\n" for call, source in calls.items() if call not in NOT_FOR.get(name, ())
     )
@@ -192,3 +205,7 @@ def test_counts_that_cannot_be(name: str, said: list[dict[str, Any]]) -> None:
 
 def test_tensor_parallel_too(said: list[dict[str, Any]]) -> None:
     assert max(answers(said, "tp")) <= 1e-5
+
+
+def test_layers_share_their_groups(said: list[dict[str, Any]]) -> None:
+    assert set(answers(said, "tp groups")) == {1}

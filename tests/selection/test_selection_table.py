@@ -174,13 +174,13 @@ def test_an_all_to_all_refuses_replicated_tokens_and_one_rank_has_none_to_tell_a
 
 @pytest.mark.parametrize("hardware", [name for name in PROFILES if name != "cpu"])
 def test_what_is_only_announced_is_not_chosen(hardware: str) -> None:
-    """Of the plugins of this repository, Triton's is written: without `assume="targets"` it wins on every GPU."""
+    """Without `assume="targets"`, what is not written is refused: Triton wins on every GPU."""
     found = ask(hardware, assume=("dependencies",))
     assert found.require().id == "standard+triton/fused"
     codes = {v.spec.name: {r.code for r in v.reasons} for v in found.verdicts}
     unwritten = {name for name, verdict in codes.items() if "target.missing" in verdict}
-    assert {"aiter", "flashinfer_trtllm", "cutedsl", "deepep", "mori"} <= unwritten
-    assert unwritten.isdisjoint({"triton", "triton_interpreter", "standard", "reference", "cpu"})
+    assert {"aiter", "flashinfer_trtllm", "cutedsl", "deepep_v2", "mori"} <= unwritten
+    assert unwritten.isdisjoint({"triton", "triton_interpreter", "standard", "reference", "cpu", "deepep", "deepep_ll"})
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,33 @@ def test_the_steps_make_the_call() -> None:
     assert result.data_ptr() == place.data_ptr()
 
 
+class Closing(Later):
+    """Holds more than tensors."""
+
+    closed = 0
+
+    def close(self) -> None:
+        type(self).closed += 1
+
+
+@pytest.mark.parametrize("factory", [Closing, Later])
+def test_a_closed_plan_runs_no_more(factory: type[Later]) -> None:
+    parts = dispatcher_like("standard", "later", factory=factory, split_phases=True)
+    plan, (hidden, decision) = make(parts=parts, dispatcher="later"), call()
+    plan(hidden, decision)
+    Closing.closed = 0
+    plan.close()
+    assert Closing.closed == (factory is Closing)
+    for step in (
+        plan,
+        lambda *call: plan.dispatch(*call, RunningState()),
+        lambda *call: plan.dispatch_begin(*call, RunningState()),
+    ):
+        with pytest.raises(ContractViolation, match="the plan was closed"):
+            step(hidden, decision)
+    plan.close()
+
+
 def whole(binding: Any) -> Any:
     return lambda hidden_states, topk_output, quant_info, config, state: hidden_states * 2
 
@@ -141,6 +168,13 @@ def test_one_kernel_has_no_steps() -> None:
     for late in (plan.combine, plan.combine_begin, plan.run):
         with pytest.raises(ContractViolation, match="no steps"):
             late(None, RunningState())
+
+
+def test_one_kernel_closes_too() -> None:
+    plan, (hidden, decision) = one_kernel(), call()
+    plan.close()
+    with pytest.raises(ContractViolation, match="the plan was closed"):
+        plan(hidden, decision)
 
 
 def test_one_kernel_that_sums_over_ranks_needs_a_group_too() -> None:

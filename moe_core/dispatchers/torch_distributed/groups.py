@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
+from moe_core.config import ParallelConfig
 from moe_core.errors import BindError
 from moe_core.protocols import Binding
 
@@ -23,14 +25,33 @@ class Groups:
     members: tuple[int, ...]
 
 
+#: (EP subgroup, TP subgroup, members) of a group, by (ep_size, tp_size, ep_rank, tp_rank): a communicator costs memory
+#: and seconds, and a model has many layers. All ranks fill it alike. It does not hold the group itself, to let it go.
+_MADE: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], tuple[Any, Any, tuple[int, ...]]]]
+_MADE = weakref.WeakKeyDictionary()
+
+
 def make_groups(binding: Binding) -> Groups:
-    """From the group of all ranks of the layer. Every rank of it calls this together. Raises BindError."""
+    """From the group of all ranks of the layer. Every rank of it calls this together. Raises BindError.
+
+    Layers of one group that are split in the same way share what the first of them got.
+    """
     group, parallel = binding.group, binding.parallel
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise BindError(
             f"tokens of other ranks travel over a torch.distributed process group, got {type(group).__name__}",
             hint="pass plan(..., group=...), the group of all ranks of this layer",
         )
+    key = parallel.ep_size, parallel.tp_size, parallel.ep_rank, parallel.tp_rank
+    made = _MADE.setdefault(group, {})
+    if key not in made:
+        made[key] = _make(group, parallel)
+    ep, tp, members = made[key]
+    return Groups(group if ep is None else ep, tp, members)
+
+
+def _make(group: Any, parallel: ParallelConfig) -> tuple[Any, Any, tuple[int, ...]]:
+    """None for an EP subgroup that is the group itself."""
     places: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(places, (parallel.ep_rank, parallel.tp_rank, dist.get_rank()), group=group)
     wanted = {(ep, tp) for ep in range(parallel.ep_size) for tp in range(parallel.tp_size)}
@@ -42,10 +63,10 @@ def make_groups(binding: Binding) -> Groups:
         )
     if parallel.tp_size == 1:
         ordered = {ep: rank for rank, (ep, _, _) in enumerate(places)}
-        return Groups(group, None, tuple(ordered[ep] for ep in range(parallel.ep_size)))
+        return None, None, tuple(ordered[ep] for ep in range(parallel.ep_size))
     backend = dist.get_backend(group)
     ep_worlds = [found[ep, parallel.tp_rank] for ep in range(parallel.ep_size)]
     tp_worlds = [found[parallel.ep_rank, tp] for tp in range(parallel.tp_size)]
     ep = dist.new_group(ep_worlds, backend=backend, use_local_synchronization=True)
     tp = dist.new_group(tp_worlds, backend=backend, use_local_synchronization=True)
-    return Groups(ep, tp, tuple(sorted(ep_worlds).index(world) for world in ep_worlds))
+    return ep, tp, tuple(sorted(ep_worlds).index(world) for world in ep_worlds)

@@ -11,9 +11,11 @@ from dataclasses import replace
 from moe_core import hookimpl
 from moe_core.capability import Requires, Support
 from moe_core.specs import DispatcherSpec, Offers, PluginInfo
-from moe_core.vocabulary import BATCHED, GROUPED, STANDARD, DroppedSlot, IdSpace, Phase, Step
+from moe_core.vocabulary import BATCHED, GROUPED, STANDARD, DroppedSlot, IdSpace, Maturity, Phase, Step
 
 _ARCHS = ("sm_90..sm_103",)
+# Evidence: tests/test_layers.py.
+_SEEN = {"sm_90..sm_103": Maturity.CONTRACT}
 _HINT = "build it from source against the installed torch: github.com/deepseek-ai/DeepEP (not PyPI's 'deep-ep')"
 _DEEP_EP = Requires(module="deep_ep", hint=_HINT)
 _ELASTIC = Requires(module="deep_ep", submodule="buffers.elastic", hint=f"a DeepEP with ElasticBuffer (V2): {_HINT}")
@@ -64,6 +66,8 @@ AUTO = DispatcherSpec(
     formats={Phase.PREFILL: STANDARD, Phase.DECODE: BATCHED},
     offers={STANDARD: _COUNTED_OFFER, BATCHED: _LL_OFFER},
     priority=150,
+    split_phases=True,
+    maturity=_SEEN,
     why_not="moe_core_deepep.rules:auto",
     options={
         "num_sms": _NUM_SMS,
@@ -92,6 +96,8 @@ NORMAL = DispatcherSpec(
     formats={Phase.PREFILL: STANDARD, Phase.DECODE: STANDARD},
     offers={STANDARD: _COUNTED_OFFER},
     priority=140,
+    split_phases=True,
+    maturity=_SEEN,
     why_not="moe_core_deepep.rules:normal",
     options={"num_sms": _NUM_SMS},
     support=Support(
@@ -115,6 +121,8 @@ STATIC = DispatcherSpec(
     formats={Phase.PREFILL: STANDARD, Phase.DECODE: STANDARD},
     offers={STANDARD: _NORMAL_OFFER},
     priority=120,
+    split_phases=True,
+    maturity=_SEEN,
     why_not="moe_core_deepep.rules:normal",
     options={"num_sms": _NUM_SMS},
     support=Support(
@@ -139,6 +147,8 @@ LOW_LATENCY = DispatcherSpec(
     formats={Phase.PREFILL: BATCHED, Phase.DECODE: BATCHED},
     offers={BATCHED: _LL_OFFER},
     priority=145,
+    split_phases=True,
+    maturity=_SEEN,
     why_not="moe_core_deepep.rules:low_latency",
     support=Support(
         devices={"cuda": _ARCHS},

@@ -1,0 +1,77 @@
+"""Real processes over gloo, for tests of dispatchers: `run_ranks` runs a script on every rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import moe_core
+
+_BEFORE = """
+import datetime, json, os, sys, time, torch, moe_core
+import torch.distributed as dist
+torch.set_num_threads(1)
+rank, ranks, rendezvous = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+patience = {"timeout": datetime.timedelta(seconds=float(sys.argv[4]))} if len(sys.argv) > 4 else {}
+dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks, **patience)
+group, said = dist.group.WORLD, {}
+
+def say(name, work):
+    try:
+        said[name] = work()
+    except Exception as error:
+        said[name] = f"{type(error).__name__}: {error}"
+"""
+_AFTER = """
+print(json.dumps(said), flush=True)
+dist.barrier()
+# gloo's threads now and then end a process in std::terminate while it is torn down; what was asked is answered by now.
+os._exit(0)
+"""
+
+
+def run_ranks(
+    count: int,
+    source: str,
+    folder: Path,
+    *,
+    patience_s: float | None = None,
+    limit_s: float = 120,
+    paths: Sequence[Path] = (),
+) -> list[dict[str, Any]]:
+    """Run `source` in `count` processes of one gloo group, in the empty `folder`; what each rank said, by rank.
+
+    The script finds `rank`, `ranks`, `group`, torch, `dist` (torch.distributed) and moe_core, and `say(name, work)`,
+    which keeps what `work()` returns (JSON) or the error that it raises, as text. patience_s: seconds that the group
+    waits for a rank. limit_s: seconds that all have together. paths: folders to import from, beside moe_core's.
+
+    Raises AssertionError, with what the ranks wrote, where one does not end by itself, and subprocess.TimeoutExpired.
+    """
+    script = folder / "rank.py"
+    script.write_text(_BEFORE + source + _AFTER)
+    more = [] if patience_s is None else [str(patience_s)]
+    searched = os.pathsep.join(map(str, (Path(moe_core.__file__).parents[1], *paths)))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-P", *map(str, (script, rank, count, folder / "rendezvous")), *more],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": searched, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(count)
+    ]
+    try:
+        outcomes = [process.communicate(timeout=limit_s) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    codes = [process.returncode for process in processes]
+    if any(codes):
+        raise AssertionError(f"the ranks ended with {codes}: {[err for _, err in outcomes]}")
+    return [json.loads(out.splitlines()[-1]) for out, _ in outcomes]

@@ -1,0 +1,184 @@
+"""DeepEP's communication buffers: shared by the layers of a model, destroyed with the last plan that uses them.
+
+A buffer takes gigabytes and its construction is a collective, so layers with equal needs share one. Destruction is a
+collective too: close plans on all ranks in the same order. What lives until the process ends is not destroyed.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch.distributed as dist
+
+from moe_core.dispatchers.torch_distributed.groups import make_groups
+from moe_core.errors import BindError, ContractViolation
+from moe_core.protocols import Binding
+
+#: Ranks that reach each other over NVLink, as DeepEP sees it.
+NODE = 8
+_QUEUE_DEPTH = "NVSHMEM_QP_DEPTH"
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a buffer must hold; equal needs share one.
+
+    nvl_bytes: for the normal kernels within a node. rdma_bytes: NVSHMEM's heap, for the low-latency kernels and for
+    normal ones across nodes. low_latency: (M, H, E) of the low-latency calls, to which the heap is laid out, or None.
+    """
+
+    nvl_bytes: int = 0
+    rdma_bytes: int = 0
+    low_latency: tuple[int, int, int] | None = None
+    queue_pairs: int = 1
+
+
+class Receive:
+    """The second half of a low-latency call: launched once, whoever asks first."""
+
+    def __init__(self, hook: Callable[[], None]) -> None:
+        self._hook: Callable[[], None] | None = hook
+
+    def __call__(self) -> None:
+        """On the current stream."""
+        hook, self._hook = self._hook, None
+        if hook is not None:
+            hook()
+
+
+@dataclass(slots=True)
+class Shared:
+    """A buffer and its users. flying: low-latency results that were not combined yet, of all layers.
+
+    receive: that of the last low-latency call. A further call clears the flags that it waits for, so it comes first.
+    """
+
+    buffer: Any
+    group: Any
+    need: Need
+    users: int = 0
+    flying: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    receive: Receive | None = None
+
+    def settle(self) -> None:
+        """Before each low-latency call."""
+        if self.receive is not None:
+            self.receive()
+            self.receive = None
+
+
+_OPEN: list[Shared] = []
+
+
+class Lease:
+    """One plan's share of a buffer, until `close` or until nobody holds the lease."""
+
+    def __init__(self, group: Any, need: Need) -> None:
+        self._shared = _take(group, need)
+        self._end = weakref.finalize(self, _give_back, self._shared)
+        self._end.atexit = False  # a collective, and the other ranks may be gone by then
+
+    @property
+    def shared(self) -> Shared:
+        """Raises ContractViolation once it is closed."""
+        if not self._end.alive:
+            raise ContractViolation("the plan was closed, and its DeepEP buffer with it", hint="make a new plan")
+        return self._shared
+
+    def close(self) -> None:
+        """On all ranks together. Closing twice does nothing."""
+        self._end()
+
+
+def _take(group: Any, need: Need) -> Shared:
+    for shared in _OPEN:
+        if shared.group is group and shared.need == need:
+            shared.users += 1
+            return shared
+        if shared.need.low_latency is not None and need.low_latency is not None:
+            theirs, mine = (_said(one.low_latency) for one in (shared.need, need))
+            raise BindError(
+                f"a plan holds DeepEP's low-latency buffer for {theirs}; this one needs it for {mine} "
+                f"on {'the same' if shared.group is group else 'another'} group, and a process has one",
+                hint="give all layers the same max_tokens (or decode_max_tokens) and group, or close the other plan",
+            )
+    shared = Shared(_make(group, need), group, need, users=1)
+    _OPEN.append(shared)
+    return shared
+
+
+def _said(low_latency: tuple[int, int, int] | None) -> str:
+    tokens, hidden, experts = low_latency or (0, 0, 0)
+    return f"{tokens} tokens a rank of {hidden} and {experts} experts"
+
+
+def _make(group: Any, need: Need) -> Any:
+    if need.low_latency is not None:
+        _deepen_queues(need.low_latency[0])
+    try:
+        return deep_ep().Buffer(
+            group,
+            num_nvl_bytes=need.nvl_bytes,
+            num_rdma_bytes=need.rdma_bytes,
+            low_latency_mode=need.low_latency is not None,
+            num_qps_per_rank=need.queue_pairs,
+            explicitly_destroy=True,
+        )
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise BindError(
+            f"DeepEP made no buffer with {need.nvl_bytes >> 20} MiB over NVLink and {need.rdma_bytes >> 20} MiB of "
+            f"NVSHMEM's for {dist.get_world_size(group)} ranks: {error}",
+            hint="its memory grows with max_tokens, hidden size and experts; every pair of GPUs needs peer access or "
+            "InfiniBand, and DeepEP must be built against the installed torch",
+        ) from error
+
+
+def _deepen_queues(tokens: int) -> None:
+    """DeepEP asserts in each low-latency call that NVSHMEM's queues, 1024 deep by default, hold 2 * (tokens + 1).
+
+    NVSHMEM reads the variable when the buffer is made.
+    """
+    needed, given = 2 * (tokens + 1), os.environ.get(_QUEUE_DEPTH)
+    if given is None and needed > 1024:
+        os.environ[_QUEUE_DEPTH] = str(needed)
+    elif given is not None and not (given.isdecimal() and int(given) >= needed):
+        raise BindError(
+            f"{tokens} tokens a rank need queues of {needed} entries, and {_QUEUE_DEPTH}={given} is set",
+            hint=f"unset {_QUEUE_DEPTH}, or set it to {needed} or more",
+        )
+
+
+def _give_back(shared: Shared) -> None:
+    shared.users -= 1
+    if shared.users == 0:
+        _OPEN.remove(shared)
+        shared.buffer.destroy()
+
+
+def deep_ep() -> ModuleType:
+    """The installed DeepEP. Raises BindError where it does not load."""
+    try:
+        import deep_ep as module
+    except (ImportError, OSError) as error:
+        raise BindError(
+            f"deep_ep is installed but does not load: {error}",
+            hint="build it against the torch that is installed here",
+        ) from error
+    return module  # type: ignore[no-any-return]
+
+
+def ranks_of(binding: Binding) -> Any:
+    """The process group whose rank r owns the experts of EP rank r, as DeepEP has it. Raises BindError."""
+    groups = make_groups(binding)
+    if groups.members != tuple(range(binding.parallel.ep_size)):
+        raise BindError(
+            f"DeepEP numbers experts by the rank within the process group, but EP ranks 0, 1, ... are its ranks "
+            f"{list(groups.members)}",
+            hint="make the group with its ranks in the order of ep_rank",
+        )
+    return groups.ep
