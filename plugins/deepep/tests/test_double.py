@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-#: Around a rank's script: `rank`, `ranks`, `group`, `say`, `refused` and inputs are there.
+from moe_core.testing import run_ranks
+
+#: Before a rank's script: `refused` and inputs, beside what `run_ranks` gives.
 BEFORE = """
-import datetime, json, os, sys, torch
-import torch.distributed as dist
 from deep_ep_double import Buffer, Config, DoubleError
-torch.set_num_threads(1)
-rank, ranks = int(sys.argv[1]), int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=ranks,
-                        timeout=datetime.timedelta(seconds=60))
-group, said = dist.group.WORLD, {}
 E, K, H, M = 8, 3, 2048, 8
 L = E // ranks
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 NVL = Buffer.get_dispatch_config(ranks).get_nvl_buffer_size_hint(2 * H, ranks)
 RDMA = Buffer.get_low_latency_rdma_size_hint(M, H, ranks, E)
-
-def say(name, work):
-    try:
-        said[name] = work()
-    except Exception as error:
-        said[name] = f"{type(error).__name__}: {error}"
 
 def refused(name, work):
     "The message of a DoubleError, or what else came."
@@ -93,14 +78,6 @@ def batched(rows, counts):
     factors = torch.tensor([factor(e + rank * L) for e in range(L)]).view(L, 1, 1)
     return (rows.float() * factors).to(BF16)
 """
-AFTER = """
-print(json.dumps(said), flush=True)
-dist.barrier()
-# gloo's threads now and then end a process in std::terminate while it is torn down; what was asked is answered by now.
-os._exit(0)
-"""
-#: Seconds that all ranks have together.
-LIMIT = 120
 Ranks = Callable[[str], list[dict[str, Any]]]
 
 
@@ -109,25 +86,7 @@ def ranks(tmp_path: Path) -> Ranks:
     """Runs a script in two processes and gives what each one said."""
 
     def run(source: str, count: int = 2) -> list[dict[str, Any]]:
-        (tmp_path / "rank.py").write_text(BEFORE + source + AFTER)
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-P", *map(str, (tmp_path / "rank.py", rank, count, tmp_path / "rendezvous"))],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-            for rank in range(count)
-        ]
-        try:
-            outcomes = [process.communicate(timeout=LIMIT) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        assert [process.returncode for process in processes] == [0] * count, [err for _, err in outcomes]
-        return [json.loads(out.splitlines()[-1]) for out, _ in outcomes]
+        return run_ranks(count, BEFORE + source, tmp_path, patience_s=60, paths=[Path(__file__).parent])
 
     return run
 
