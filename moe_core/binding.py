@@ -73,6 +73,7 @@ def rebind(resolution: Resolution, quant_info: Any, device: Any) -> MoePlan:
 def _assemble(resolution: Resolution, registry: Registry, binding: Binding, quant_info: Any) -> MoePlan:
     """All callables of the chosen candidate, bound."""
     candidate = resolution.require()
+    runner = registry.runners[candidate.runner]
     paths: dict[FormatId, tuple[Any, Any, Any]] = {}
     dispatcher, whole, split_phases = None, None, False
     if candidate.fused_path is not None:
@@ -84,11 +85,11 @@ def _assemble(resolution: Resolution, registry: Registry, binding: Binding, quan
                 paths[choice.format] = _bind_path(choice.spec, path_binding, candidate.id)
         spec = registry.dispatchers[candidate.dispatcher]
         options = _options(resolution, registry, spec.name, spec.options)
+        quantizer = None if runner.quantizer is None else _lazy.call(runner.quantizer, runner.subject, binding)
         # What a dispatcher quantizes with (a global scale, say) belongs to the weights, so it may look at them.
-        dispatcher_binding = replace(binding, options=options, runner=None, quant_info=quant_info)
+        dispatcher_binding = replace(binding, options=options, runner=None, quant_info=quant_info, quantizer=quantizer)
         dispatcher, split_phases = _lazy.call(spec.factory, spec.subject, dispatcher_binding), spec.split_phases
 
-    runner = registry.runners[candidate.runner]
     router = core_router(binding) if runner.router is None else _lazy.call(runner.router, runner.subject, binding)
 
     def update(plan: MoePlan, weights: CanonicalWeights) -> None:

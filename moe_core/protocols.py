@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from moe_core.vocabulary import DroppedSlot, FormatId, Phase
+from moe_core.vocabulary import DroppedSlot, FormatId, PayloadId, Phase
 
 if TYPE_CHECKING:
     import torch
@@ -81,8 +81,9 @@ class Binding:
     path has none). all_terms: the terms of every path of the plan. incoming: how the caller writes dropped slots.
     group: what the caller passed for communication (a torch.distributed ProcessGroup for the core's dispatchers).
     layouts: weight layouts that serve every path of the plan; `prepare` returns one of them. runner: the runner core,
-    for adapters and fused funcs. quant_info: the prepared weights, for dispatchers that quantize with them. options:
-    the settings for this component by name. max_tokens: the most tokens one call of this rank brings, or None.
+    for adapters and fused funcs. For dispatchers: quant_info, the prepared weights, to quantize with them; quantizer,
+    the runner's, where it brings one, for rows that travel as the terms' payload says. options: the settings for this
+    component by name. max_tokens: the most tokens one call of this rank brings, or None.
     num_local_experts and local_intermediate_size are the rank's own, without padding.
     """
 
@@ -105,6 +106,7 @@ class Binding:
     layouts: frozenset[str] = frozenset()
     runner: Any = None
     quant_info: Any = None
+    quantizer: BoundQuantizer | None = None
 
 
 class QuantInfo(Protocol):
@@ -202,6 +204,13 @@ class BoundRouter(Protocol):
         self, router_logits: Tensor, correction_bias: Tensor | None = None, scaling_factor: float = 1.0
     ) -> TopKOutput:
         """router_logits [T, E] -> the choice, as `moe_core.routing.route` gives it."""
+
+
+class BoundQuantizer(Protocol):
+    """What `moe_core.quant.quantize_activation` computes for a payload with scales a row, to the bit."""
+
+    def __call__(self, rows: Tensor, payload: PayloadId) -> tuple[Tensor, Tensor]:
+        """rows [T, H], floating point, any T -> (data, scale), whose first dimension is T."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -172,6 +172,7 @@ class RunnerSpec:
     update(quant_info, weights, binding) refreshes it in place; without one, the core prepares anew and copies.
     requirements(request) -> WeightRequirements: sizes to pad to, known before weights are allocated; import-free.
     router(binding) -> BoundRouter: the layer's routing function by kernels of its own; without one, the core's is used.
+    quantizer(binding) -> BoundQuantizer: tokens that travel quantized, by kernels of its own; without one, the core's.
     tune(job: TuningJob) -> list[TuningRow]: measure and keep the best kernels for one layer (`moe-core tune`).
     options: name -> what it does; the values come from `Settings.options[name]`. last_resort: correct, but slow.
     """
@@ -185,6 +186,7 @@ class RunnerSpec:
     update: str | None = None
     requirements: str | None = None
     router: str | None = None
+    quantizer: str | None = None
     tune: str | None = None
     priority: int = 100
     maturity: Mapping[str, Maturity] = field(default_factory=FrozenDict)
@@ -193,8 +195,7 @@ class RunnerSpec:
     why_not: str | None = None
 
     def __post_init__(self) -> None:
-        targets = (self.factory, self.prepare, self.update, self.requirements, self.router, self.tune, self.why_not)
-        _check("runner", self.name, *targets)
+        _check("runner", self.name, *self.targets, self.tune, self.why_not)
         for name in ("maturity", "options"):
             object.__setattr__(self, name, FrozenDict(getattr(self, name)))
         if not self.layouts:
@@ -210,7 +211,7 @@ class RunnerSpec:
     @property
     def targets(self) -> tuple[str, ...]:
         """All targets that binding will import."""
-        wanted = (self.factory, self.prepare, self.update, self.requirements, self.router)
+        wanted = (self.factory, self.prepare, self.update, self.requirements, self.router, self.quantizer)
         return tuple(target for target in wanted if target is not None)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,28 +52,29 @@ def run_ranks(
     which keeps what `work()` returns (JSON) or the error that it raises, as text. patience_s: seconds that the group
     waits for a rank. limit_s: seconds that all have together. paths: folders to import from, beside moe_core's.
 
-    Raises AssertionError, with what the ranks wrote, where one does not end by itself, and subprocess.TimeoutExpired.
+    Raises AssertionError, with what the ranks wrote, where one fails or does not end in time.
     """
     script = folder / "rank.py"
     script.write_text(_BEFORE + source + _AFTER)
     more = [] if patience_s is None else [str(patience_s)]
     searched = os.pathsep.join(map(str, (Path(moe_core.__file__).parents[1], *paths)))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-P", *map(str, (script, rank, count, folder / "rendezvous")), *more],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": searched, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(count)
-    ]
+    processes, began = [], time.monotonic()
+    for rank in range(count):
+        with (folder / f"{rank}.out").open("w") as out, (folder / f"{rank}.err").open("w") as err:
+            command = [sys.executable, "-P", *map(str, (script, rank, count, folder / "rendezvous")), *more]
+            environment = os.environ | {"PYTHONPATH": searched, "OMP_NUM_THREADS": "1"}
+            processes.append(subprocess.Popen(command, stdout=out, stderr=err, env=environment))
     try:
-        outcomes = [process.communicate(timeout=limit_s) for process in processes]
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=max(0.0, began + limit_s - time.monotonic()))
+        codes = [process.poll() for process in processes]
     finally:
         for process in processes:
             process.kill()
-    codes = [process.returncode for process in processes]
-    if any(codes):
-        raise AssertionError(f"the ranks ended with {codes}: {[err for _, err in outcomes]}")
-    return [json.loads(out.splitlines()[-1]) for out, _ in outcomes]
+            process.wait()
+    if any(code != 0 for code in codes):
+        wrote = [(folder / f"{rank}.err").read_text() for rank in range(count)]
+        raise AssertionError(f"after {limit_s} s at most, the ranks ended with {codes} (None: not): {wrote}")
+    said = [(folder / f"{rank}.out").read_text().splitlines()[-1] for rank in range(count)]
+    return [json.loads(line) for line in said]

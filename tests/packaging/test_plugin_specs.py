@@ -389,6 +389,13 @@ def test_deepep() -> None:
     assert ask("deepep_ll", max_tokens=4096) == {"shape.max_tokens"}
     assert ask("deepep_ll", config=replace(LAYER, hidden_size=2880)) == {"shape.hidden"}
     assert ask("deepep_ll", config=replace(LAYER, router_weight_on_input=True)) == {"feature"}
+    wide, many = replace(LAYER, hidden_size=8192), replace(LAYER, num_experts=258)
+    assert ask("deepep_normal", config=wide) == ask("deepep", config=wide) == {"shape.hidden"}
+    assert ask("deepep_normal", 2, config=many) == ask("deepep", 2, config=many) == {"shape.num_experts"}
+    assert ask("deepep_ll", config=wide) == ask("deepep_ll", 2, config=many) == set()
+    assert ask("deepep_ll", config=replace(LAYER, top_k=12)) == {"shape.top_k"}
+    assert ask("deepep_normal", config=replace(LAYER, top_k=33)) == {"shape.top_k"}
+    assert ask("deepep_normal", 8, config=replace(LAYER, num_experts=100)) == {"parallel.ep"}
     assert ask("deepep", max_tokens=4096) == {"shape.max_tokens"}
     assert ask("deepep", max_tokens=4096, phases=(Phase.PREFILL,)) == set()
     small = Settings(options={"deepep": {"decode_max_tokens": 128}})

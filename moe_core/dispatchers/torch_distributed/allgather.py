@@ -20,7 +20,7 @@ from torch import Tensor
 from moe_core.dispatchers.standard import expert_map, expert_mask, id_table
 from moe_core.dispatchers.steps import finish_slots, taken_on
 from moe_core.dispatchers.torch_distributed.groups import make_groups
-from moe_core.dispatchers.torch_distributed.payload import as_bytes, travelling
+from moe_core.dispatchers.torch_distributed.payload import Travelling, as_bytes
 from moe_core.dispatchers.torch_distributed.rows import RowsOfRanks
 from moe_core.dispatchers.torch_distributed.waiting import together
 from moe_core.errors import BindError
@@ -58,7 +58,7 @@ class AllGatherDispatcher:
         if terms is None:
             raise BindError("the allgather dispatcher was bound without terms")
         self._groups, self._rows = make_groups(binding), RowsOfRanks(binding)
-        self._ranks, self._payload = binding.parallel.ep_size, terms.payload
+        self._ranks, self._travelling = binding.parallel.ep_size, Travelling(binding)
         self._table = id_table(binding)
         self._dropped = int(self._table[-1])
         self.expert_map = expert_map(binding) if "expert_map" in terms.extras else None
@@ -79,7 +79,7 @@ class AllGatherDispatcher:
         ids = _padded(topk_output.topk_ids.to(torch.int32), rows, -1)
         weights = _padded(topk_output.topk_weights.to(torch.float32), rows, 0)
         sent = [torch.cat([ids, weights.view(torch.int32)], dim=1)]
-        sent += travelling(_padded(hidden_states, rows, 0), self._payload)
+        sent += self._travelling(_padded(hidden_states, rows, 0))
         output, state.output = state.output, None
         parts = [part.new_empty(self._ranks * rows, *part.shape[1:]) for part in sent]
         works = []

@@ -19,7 +19,7 @@ from torch import Tensor
 from moe_core.dispatchers.standard import expert_map, expert_mask
 from moe_core.dispatchers.steps import finish_slots, taken_on
 from moe_core.dispatchers.torch_distributed.groups import make_groups
-from moe_core.dispatchers.torch_distributed.payload import as_bytes, travelling
+from moe_core.dispatchers.torch_distributed.payload import Travelling, as_bytes
 from moe_core.dispatchers.torch_distributed.routes import Route, Router, gathered
 from moe_core.dispatchers.torch_distributed.waiting import together
 from moe_core.errors import BindError
@@ -63,7 +63,7 @@ class AllToAllDispatcher:
         if terms is None:
             raise BindError("the alltoall dispatcher was bound without terms")
         self._groups = make_groups(binding)
-        self._router, self._payload = Router(binding, self._groups), terms.payload
+        self._router, self._travelling = Router(binding, self._groups), Travelling(binding)
         self._ids_dtype, count = getattr(torch, terms.ids_dtype), binding.num_local_experts
         self._mine = None
         if terms.id_space is IdSpace.GLOBAL:
@@ -87,7 +87,7 @@ class AllToAllDispatcher:
         with together("agreeing on the number of rows", self._groups.ep):
             route, there = self._router.find(ids)
         parts = [torch.cat([there, weights[route.token].view(torch.int32)], dim=1)]
-        parts += [as_bytes(part)[route.token].view(part.dtype) for part in travelling(hidden_states, self._payload)]
+        parts += [as_bytes(part)[route.token].view(part.dtype) for part in self._travelling(hidden_states)]
         with together("sending tokens", self._groups.ep):
             started = [self._router.send(part, route) for part in parts]
         output, state.output = state.output, None

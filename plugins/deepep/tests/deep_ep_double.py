@@ -125,7 +125,7 @@ class Buffer:
         _need(num_rdma_bytes == 0 or low_latency_mode, "num_rdma_bytes without low_latency_mode within a node")
         _need(num_rdma_bytes == 0 or num_nvl_bytes <= _INT_MAX, "num_nvl_bytes is below 2 GiB next to RDMA bytes")
         _need(num_qps_per_rank > 0 or not low_latency_mode, "num_qps_per_rank is positive")
-        self._qps, self._queue_depth = num_qps_per_rank, int(os.environ.get("NVSHMEM_QP_DEPTH", "1024"))
+        self._qps, self._queue_depth = num_qps_per_rank, int(os.environ.setdefault("NVSHMEM_QP_DEPTH", "1024"))
         self._tickets: dict[int, _Ticket] = {}
         self._deferred: list[Callable[[], None]] = []  # what the communication stream has to do, in order
         self._hooked: Callable[[], None] | None = None  # what the hook that was not called yet has to do

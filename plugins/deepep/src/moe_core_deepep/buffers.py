@@ -1,18 +1,20 @@
-"""DeepEP's communication buffers: shared by the layers of a model, destroyed with the last plan that uses them.
+"""DeepEP's communication buffers: shared by the layers of a model, destroyed when the last of their plans is closed.
 
 A buffer takes gigabytes and its construction is a collective, so layers with equal needs share one. Destruction is a
-collective too: close plans on all ranks in the same order. What lives until the process ends is not destroyed.
+collective too: close plans on all ranks in the same order. What is not closed lives until the process ends.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from moe_core.dispatchers.torch_distributed.groups import make_groups
@@ -22,6 +24,7 @@ from moe_core.protocols import Binding
 #: Ranks that reach each other over NVLink, as DeepEP sees it.
 NODE = 8
 _QUEUE_DEPTH = "NVSHMEM_QP_DEPTH"
+_FORGOTTEN = "a plan with a DeepEP buffer was dropped without close(): the buffer stays until the process ends"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +42,26 @@ class Need:
 
 
 class Receive:
-    """The second half of a low-latency call: launched once, whoever asks first."""
+    """The second half of a low-latency call: launched once, on the stream of whoever asks first."""
 
     def __init__(self, hook: Callable[[], None]) -> None:
         self._hook: Callable[[], None] | None = hook
+        self._done: torch.cuda.Event | None = None
 
     def __call__(self) -> None:
-        """On the current stream."""
+        """What the current stream does next comes after it."""
         hook, self._hook = self._hook, None
         if hook is not None:
             hook()
+        elif self._done is not None:
+            torch.cuda.current_stream().wait_event(self._done)
+
+    def early(self) -> None:
+        """On the current stream, before its owner asks, perhaps on another one."""
+        if self._hook is not None:
+            self()
+            if torch.cuda.is_available():
+                self._done = torch.cuda.current_stream().record_event()
 
 
 @dataclass(slots=True)
@@ -68,7 +81,7 @@ class Shared:
     def settle(self) -> None:
         """Before each low-latency call."""
         if self.receive is not None:
-            self.receive()
+            self.receive.early()
             self.receive = None
 
 
@@ -76,23 +89,24 @@ _OPEN: list[Shared] = []
 
 
 class Lease:
-    """One plan's share of a buffer, until `close` or until nobody holds the lease."""
+    """One plan's share of a buffer, until `close`. Garbage collection ends none: ranks collect at different times."""
 
     def __init__(self, group: Any, need: Need) -> None:
         self._shared = _take(group, need)
-        self._end = weakref.finalize(self, _give_back, self._shared)
-        self._end.atexit = False  # a collective, and the other ranks may be gone by then
+        self._forgotten = weakref.finalize(self, warnings.warn, _FORGOTTEN, ResourceWarning)
+        self._forgotten.atexit = False
 
     @property
     def shared(self) -> Shared:
         """Raises ContractViolation once it is closed."""
-        if not self._end.alive:
+        if not self._forgotten.alive:
             raise ContractViolation("the plan was closed, and its DeepEP buffer with it", hint="make a new plan")
         return self._shared
 
     def close(self) -> None:
         """On all ranks together. Closing twice does nothing."""
-        self._end()
+        if self._forgotten.detach() is not None:
+            _give_back(self._shared)
 
 
 def _take(group: Any, need: Need) -> Shared:
@@ -100,24 +114,34 @@ def _take(group: Any, need: Need) -> Shared:
         if shared.group is group and shared.need == need:
             shared.users += 1
             return shared
-        if shared.need.low_latency is not None and need.low_latency is not None:
-            theirs, mine = (_said(one.low_latency) for one in (shared.need, need))
+        if shared.need.rdma_bytes and need.rdma_bytes:
+            theirs, mine = (_said(one) for one in (shared.need, need))
             raise BindError(
-                f"a plan holds DeepEP's low-latency buffer for {theirs}; this one needs it for {mine} "
+                f"a plan holds DeepEP's NVSHMEM buffer for {theirs}; this one needs it for {mine} "
                 f"on {'the same' if shared.group is group else 'another'} group, and a process has one",
-                hint="give all layers the same max_tokens (or decode_max_tokens) and group, or close the other plan",
+                hint="give all layers the same dispatcher, group and max_tokens (or decode_max_tokens), or close the "
+                "other plan",
             )
     shared = Shared(_make(group, need), group, need, users=1)
     _OPEN.append(shared)
     return shared
 
 
-def _said(low_latency: tuple[int, int, int] | None) -> str:
-    tokens, hidden, experts = low_latency or (0, 0, 0)
-    return f"{tokens} tokens a rank of {hidden} and {experts} experts"
+def _said(need: Need) -> str:
+    if need.low_latency is None:
+        return f"normal kernels across nodes with {need.rdma_bytes >> 20} MiB"
+    tokens, hidden, experts = need.low_latency
+    return f"{tokens} low-latency tokens a rank of {hidden} and {experts} experts"
 
 
 def _make(group: Any, need: Need) -> Any:
+    if need.nvl_bytes and need.rdma_bytes >= 1 << 31:
+        raise BindError(
+            f"DeepEP's normal kernels across nodes address less than 2 GiB of NVSHMEM's heap, and the low-latency "
+            f"calls of this plan need {need.rdma_bytes >> 20} MiB of the same one",
+            hint="lower decode_max_tokens, or plan prefill and decode on separate machines",
+        )
+    before = os.environ.get(_QUEUE_DEPTH)
     if need.low_latency is not None:
         _deepen_queues(need.low_latency[0])
     try:
@@ -136,6 +160,11 @@ def _make(group: Any, need: Need) -> Any:
             hint="its memory grows with max_tokens, hidden size and experts; every pair of GPUs needs peer access or "
             "InfiniBand, and DeepEP must be built against the installed torch",
         ) from error
+    finally:  # DeepEP writes it too; the next buffer may need another
+        if before is None:
+            os.environ.pop(_QUEUE_DEPTH, None)
+        else:
+            os.environ[_QUEUE_DEPTH] = before
 
 
 def _deepen_queues(tokens: int) -> None:
@@ -170,6 +199,12 @@ def deep_ep() -> ModuleType:
             hint="build it against the torch that is installed here",
         ) from error
     return module  # type: ignore[no-any-return]
+
+
+def wire_dtype() -> torch.dtype:
+    """Of ids, as the installed DeepEP was built: int64 unless it was told otherwise."""
+    found: torch.dtype = getattr(deep_ep(), "topk_idx_t", torch.int64)
+    return found
 
 
 def ranks_of(binding: Binding) -> Any:

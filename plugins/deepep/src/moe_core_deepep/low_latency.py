@@ -21,11 +21,15 @@ from moe_core.formats import BatchedCombineInput, BatchedDispatchOutput
 from moe_core.protocols import Binding, RunningState
 from moe_core.topk import TopKOutput
 from moe_core.vocabulary import Step
-from moe_core_deepep.buffers import Lease, Need, Receive, deep_ep, ranks_of
+from moe_core_deepep.buffers import Lease, Need, Receive, deep_ep, ranks_of, wire_dtype
 from moe_core_deepep.wire import given, ids_sent
 
 #: Results of dispatch that may wait for their combine at a time, of all layers that share a buffer.
 MOST_FLYING = 2
+#: Arguments of low_latency_combine that are the dispatcher's to give.
+_OURS = frozenset(
+    {"self", "x", "topk_idx", "topk_weights", "handle", "zero_copy", "async_finish", "return_recv_hook", "out"}
+)
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -77,6 +81,7 @@ class LowLatencyDispatcher:
         self._experts, self._ranks = binding.config.num_experts, binding.parallel.ep_size
         self._fp8 = terms.payload == "fp8_group128"
         self._scale = binding.config.routed_scaling_factor if Step.ROUTED_SCALING in taken_on(binding) else 1.0
+        self._wire = wire_dtype()
         self._takes = inspect.signature(deep_ep().Buffer.low_latency_combine).parameters
 
     def close(self) -> None:
@@ -104,7 +109,7 @@ class LowLatencyDispatcher:
                 "would overwrite the first",
                 hint="combine one before; at most two micro-batches can be in flight, over all layers",
             )
-        ids = ids_sent(topk_output.topk_ids, self._binding)
+        ids = ids_sent(topk_output.topk_ids, self._binding, self._wire)
         shared.settle()
         rows, counts, route, _, hook = shared.buffer.low_latency_dispatch(
             hidden_states.contiguous(), ids, self._most, self._experts, use_fp8=self._fp8, return_recv_hook=not wait
@@ -117,6 +122,7 @@ class LowLatencyDispatcher:
 
     def dispatch_finish(self, handle: Flying, state: RunningState) -> BatchedDispatchOutput:
         """Receive."""
+        self._lease.shared  # noqa: B018, raises once the plan is closed: the receive would read freed memory
         if handle.receive is not None:
             handle.receive()
         rows, counts, own, tokens = handle.result
@@ -157,6 +163,7 @@ class LowLatencyDispatcher:
 
     def combine_finish(self, handle: Flying, state: RunningState) -> Tensor:
         """Receive, and sum."""
+        self._lease.shared  # noqa: B018, as above
         if handle.receive is not None:
             handle.receive()
         return given(handle.result, self._scale, handle.output)
@@ -166,10 +173,11 @@ class LowLatencyDispatcher:
         more: Any = state.overlap
         if more is None:
             return {}
-        unknown = sorted(set(more) - set(self._takes)) if isinstance(more, Mapping) else [type(more).__name__]
+        takes = set(self._takes) - _OURS
+        unknown = sorted(set(more) - takes) if isinstance(more, Mapping) else [type(more).__name__]
         if unknown:
             raise ContractViolation(
                 f"state.overlap asks for {', '.join(unknown)}, which the installed DeepEP's low_latency_combine lacks",
-                hint=f"it takes {', '.join(name for name in self._takes if name != 'self')}",
+                hint=f"it takes {', '.join(sorted(takes))}, beside those that the dispatcher gives",
             )
         return dict(more)

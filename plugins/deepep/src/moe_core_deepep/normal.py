@@ -15,13 +15,13 @@ from torch import Tensor
 
 from moe_core.dispatchers.standard import expert_mask
 from moe_core.dispatchers.steps import taken_on
-from moe_core.dispatchers.torch_distributed.payload import travelling
+from moe_core.dispatchers.torch_distributed.payload import Travelling
 from moe_core.errors import BindError
 from moe_core.formats import StandardCombineInput, StandardDispatchOutput
 from moe_core.protocols import Binding, RunningState
 from moe_core.topk import TopKOutput
 from moe_core.vocabulary import DroppedSlot, Step
-from moe_core_deepep.buffers import NODE, Lease, Need, deep_ep, ranks_of
+from moe_core_deepep.buffers import NODE, Lease, Need, deep_ep, ranks_of, wire_dtype
 from moe_core_deepep.wire import given, ids_sent
 
 
@@ -57,6 +57,10 @@ def configs(binding: Binding) -> Configs:
     sms, before = binding.options.get("num_sms"), buffer.num_sms
     if sms is not None and not (isinstance(sms, int) and sms > 0 and sms % 2 == 0):
         raise BindError(f"the option num_sms is an even number of SMs, got {sms!r}")
+    if sms is not None and binding.device.type == "cuda":
+        there = torch.cuda.get_device_properties(binding.device).multi_processor_count
+        if sms > there:  # its blocks wait for each other, so all of them must run at a time
+            raise BindError(f"the option num_sms is {sms}, and the device has {there} SMs")
     try:
         buffer.set_num_sms(before if sms is None else sms)
         dispatch, combine = buffer.get_dispatch_config(ranks), buffer.get_combine_config(ranks)
@@ -65,7 +69,7 @@ def configs(binding: Binding) -> Configs:
     row = binding.config.hidden_size * 2  # combine's rows are bfloat16
     both = dispatch, combine
     rdma = max(config.get_rdma_buffer_size_hint(row, ranks) for config in both) if ranks > NODE else 0
-    pairs = max(1, (before if sms is None else sms) // 2) if ranks > NODE else 1
+    pairs = (before if sms is None else sms) if ranks > NODE else 1
     nvl = max(config.get_nvl_buffer_size_hint(row, ranks) for config in both)
     return Configs(dispatch, combine, Need(nvl_bytes=nvl, rdma_bytes=rdma, queue_pairs=pairs))
 
@@ -77,10 +81,11 @@ class NormalDispatcher:
         terms = binding.terms
         if terms is None:
             raise BindError("DeepEP's normal dispatcher was bound without terms")
-        self._binding, self._configs, self._payload = binding, configs(binding), terms.payload
+        self._binding, self._configs, self._travelling = binding, configs(binding), Travelling(binding)
         self._lease = Lease(ranks_of(binding), self._configs.need) if lease is None else lease
         self._experts, self._local = binding.config.num_experts, binding.num_local_experts
         self._ids_dtype = getattr(torch, terms.ids_dtype)
+        self._wire = wire_dtype()
         self._sink = terms.dropped is DroppedSlot.SINK
         self._counts = "host_counts" in terms.extras
         self.expert_mask = expert_mask(binding, sink=self._sink) if "expert_mask" in terms.extras else None
@@ -101,8 +106,8 @@ class NormalDispatcher:
 
     def _start(self, hidden_states: Tensor, topk_output: TopKOutput, state: RunningState, *, wait: bool) -> Flying:
         buffer = self._lease.shared.buffer
-        ids = ids_sent(topk_output.topk_ids, self._binding)
-        sent = travelling(hidden_states, self._payload)
+        ids = ids_sent(topk_output.topk_ids, self._binding, self._wire)
+        sent = self._travelling(hidden_states)
         to_rank, to_node, to_expert, goes, _ = buffer.get_dispatch_layout(ids, self._experts)
         rows, local, weights, counts, route, event = buffer.dispatch(
             sent[0] if len(sent) == 1 else tuple(sent),

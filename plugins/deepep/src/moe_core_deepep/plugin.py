@@ -15,7 +15,7 @@ from moe_core.vocabulary import BATCHED, GROUPED, STANDARD, DroppedSlot, IdSpace
 
 _ARCHS = ("sm_90..sm_103",)
 # Evidence: tests/test_layers.py.
-_SEEN = {"sm_90..sm_103": Maturity.CONTRACT}
+_SEEN = {"sm_90": Maturity.CONTRACT, "sm_100": Maturity.CONTRACT}
 _HINT = "build it from source against the installed torch: github.com/deepseek-ai/DeepEP (not PyPI's 'deep-ep')"
 _DEEP_EP = Requires(module="deep_ep", hint=_HINT)
 _ELASTIC = Requires(module="deep_ep", submodule="buffers.elastic", hint=f"a DeepEP with ElasticBuffer (V2): {_HINT}")

@@ -10,8 +10,10 @@ from moe_core.vocabulary import Phase
 
 #: Rank counts that DeepEP ships tuned buffer sizes for; up to 8 within a node, above that over RDMA.
 _NORMAL_RANKS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)
-#: The kernels within a node move a row of at most this many bytes; combine's are bfloat16.
-_NODE, _NORMAL_ROW_BYTES = 8, 16368
+#: The normal kernels move a row of at most this many bytes; combine's are bfloat16.
+_NORMAL_ROW_BYTES = 16368
+#: Within a node, of at most 8 ranks, each rank of the normal kernels has at most so many experts.
+_NODE, _NODE_EXPERTS = 8, 128
 _LL_MAX_TOKENS = 1024
 _ELASTIC_LOCAL_EXPERTS = 256
 
@@ -61,11 +63,14 @@ def _normal_ranks(request: PlanRequest, subject: str) -> Iterator[Reason]:
         needed = ", ".join(map(str, _NORMAL_RANKS))
         yield Reason(subject, "parallel.ep", f"the normal kernels run on {needed} ranks", needed, str(ranks))
     hidden, most = request.config.hidden_size, _NORMAL_ROW_BYTES // 2
-    if ranks <= _NODE and hidden > most:
-        message = f"the normal kernels within a node move rows of at most {_NORMAL_ROW_BYTES} bytes"
-        yield Reason(
-            subject, "shape.hidden_size", message, f"at most {most}", str(hidden), "use deepep_ll or deepep_v2"
-        )
+    if hidden > most:
+        message = f"the normal kernels move rows of at most {_NORMAL_ROW_BYTES} bytes"
+        yield Reason(subject, "shape.hidden", message, f"at most {most}", str(hidden), "use deepep_ll or deepep_v2")
+
+    local = request.num_local_experts
+    if ranks <= _NODE and local > _NODE_EXPERTS:
+        needed = str(_NODE_EXPERTS)
+        yield Reason(subject, "shape.num_experts", f"holds {needed} experts a rank at most", needed, str(local))
 
 
 def _low_latency(request: PlanRequest, subject: str) -> Iterator[Reason]:

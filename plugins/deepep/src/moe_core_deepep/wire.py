@@ -1,4 +1,4 @@
-"""Ids and results at DeepEP's edge: int64 with -1 on the wire, whatever the plan's two sides write."""
+"""Ids and results at DeepEP's edge: -1 for a dropped slot on the wire, whatever the plan's two sides write."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from moe_core.protocols import Binding
 from moe_core.vocabulary import DroppedSlot
 
 
-def ids_sent(ids: Tensor, binding: Binding) -> Tensor:
-    """[T, K] global ids as the caller writes them -> int64, -1 for a dropped slot."""
-    ids = ids.to(torch.int64)
+def ids_sent(ids: Tensor, binding: Binding, dtype: torch.dtype) -> Tensor:
+    """[T, K] global ids as the caller writes them -> dtype, -1 for a dropped slot."""
+    ids = ids.to(dtype)
     if binding.incoming is DroppedSlot.SINK:
         ids = torch.where(ids < binding.config.num_experts, ids, -1)
     return ids.contiguous()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_core.errors import ContractViolation
+from moe_core.protocols import Binding, BoundQuantizer
+from moe_core.quant import quantize_activation
 from moe_core_triton.calls import ExpertRows
 from moe_core_triton.kernels.quantize import quantize_rows
 from moe_core_triton.products import Rows
@@ -53,6 +56,20 @@ def input_rows(
         live=None if static is not None else live_positions(rows, table),
     )
     return Rows(data, 0, scale, "expert"), weights is not None
+
+
+def quantizer(binding: Binding) -> BoundQuantizer:
+    """For dispatchers: by our kernel what it takes, by the core's torch code what it does not."""
+
+    def bound(rows: Tensor, payload: str) -> tuple[Tensor, Tensor]:
+        if payload in KINDS and rows.shape[1] % 8 == 0:
+            return quantize_rows(rows, payload)
+        data, scale = quantize_activation(rows, payload)
+        if not isinstance(scale, Tensor):
+            raise ContractViolation(f"payload {payload!r} has no scale a row")
+        return data, scale
+
+    return bound
 
 
 def position_experts(table: RowTable) -> Tensor:

@@ -29,6 +29,7 @@ RUNNER = RunnerSpec(
     prepare="moe_core_triton.weights:prepare",
     update="moe_core_triton.weights:update",
     router="moe_core_triton.routing:router",
+    quantizer="moe_core_triton.inputs:quantizer",
     tune="moe_core_triton.tune:tune",
     layouts=frozenset({"rows"}),
     # Evidence: docs/maturity.md.
