@@ -71,22 +71,23 @@ _ROW_PAYLOADS: Final = frozenset(
     {"bf16", *(p.id for p in ACTIVATION_PAYLOADS.values() if p.scale.granularity != "tensor" and not p.global_scale)}
 )
 
+# What `allgather` and `alltoall` give: they differ in how rows travel, not in what a runner gets.
+_SHARDED_ROWS: Final = Offers(
+    id_spaces=frozenset(IdSpace),
+    dropped=frozenset({DroppedSlot.NEGATIVE, DroppedSlot.SINK}),
+    payloads=_ROW_PAYLOADS,
+    ids_dtypes=frozenset({"int32", "int64"}),
+    extras=frozenset({"expert_map", "expert_mask"}),
+    can=frozenset(Step) - {Step.EP_REDUCE},
+    always=frozenset({Step.EP_REDUCE}),
+)
+
 ALLGATHER_DISPATCHER: Final = DispatcherSpec(
     name="allgather",
     summary="gathers the tokens of all ranks, reduce-scatters the results (torch.distributed); no host sync",
     factory="moe_core.dispatchers.torch_distributed.allgather:AllGatherDispatcher",
     formats=dict.fromkeys(Phase, STANDARD),
-    offers={
-        STANDARD: Offers(
-            id_spaces=frozenset(IdSpace),
-            dropped=frozenset({DroppedSlot.NEGATIVE, DroppedSlot.SINK}),
-            payloads=_ROW_PAYLOADS,
-            ids_dtypes=frozenset({"int32", "int64"}),
-            extras=frozenset({"expert_map", "expert_mask"}),
-            can=frozenset(Step) - {Step.EP_REDUCE},
-            always=frozenset({Step.EP_REDUCE}),
-        )
-    },
+    offers={STANDARD: _SHARDED_ROWS},
     support=Support(
         devices={"*": ("*",)},
         tokens=frozenset({"sharded"}),
@@ -115,17 +116,7 @@ ALLTOALL_DISPATCHER: Final = DispatcherSpec(
     summary="a token travels once to each rank that it needs (torch.distributed); one host sync a call",
     factory="moe_core.dispatchers.torch_distributed.alltoall:AllToAllDispatcher",
     formats=dict.fromkeys(Phase, STANDARD),
-    offers={
-        STANDARD: Offers(
-            id_spaces=frozenset(IdSpace),
-            dropped=frozenset({DroppedSlot.NEGATIVE, DroppedSlot.SINK}),
-            payloads=_ROW_PAYLOADS,
-            ids_dtypes=frozenset({"int32", "int64"}),
-            extras=frozenset({"expert_map", "expert_mask"}),
-            can=frozenset(Step) - {Step.EP_REDUCE},
-            always=frozenset({Step.EP_REDUCE}),
-        )
-    },
+    offers={STANDARD: _SHARDED_ROWS},
     support=replace(_ALLTOALL_SUPPORT, features=frozenset({"no_combine"})),
     priority=90,
     split_phases=True,

@@ -60,6 +60,7 @@ class ExpertReplicas:
         """The model's weights (all experts) as physical ones; `shard` divides them. Copies take memory."""
         if weights.w13.shape[0] != self.num_logical:
             raise WeightError(f"replicas of {self.num_logical} experts, but the weights have {weights.w13.shape[0]}")
+        self._on(weights.device)  # now, so that no forward makes tables
         index = torch.tensor(self.logical, device=weights.device)
         return CanonicalWeights(**{name: _select(tensor, index) for name, tensor in weights.tensors().items()})
 
@@ -77,7 +78,8 @@ class ExpertReplicas:
         return TopKOutput(torch.where(valid, copies[safe, turn].to(ids.dtype), ids), topk.topk_weights)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """int64 [num_logical, most copies] physical ids, and [num_logical] how many there are; made once a device."""
+        """int64 [num_logical, most copies] physical ids, and [num_logical] how many there are; made once a device,
+        by `weights` where that was called."""
         if device not in self._tables:
             places = [[p for p, logical in enumerate(self.logical) if logical == e] for e in range(self.num_logical)]
             most = max(map(len, places))
