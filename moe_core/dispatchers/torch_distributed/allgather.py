@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moe_core.dispatchers.standard import expert_map, expert_mask, id_table
 from moe_core.dispatchers.steps import finish_slots, taken_on
+from moe_core.dispatchers.torch_distributed.finish import finish
 from moe_core.dispatchers.torch_distributed.groups import make_groups
 from moe_core.dispatchers.torch_distributed.payload import Travelling, as_bytes
 from moe_core.dispatchers.torch_distributed.rows import RowsOfRanks
@@ -131,13 +132,7 @@ class AllGatherDispatcher:
             for work in handle.works:
                 work.wait()
         result = handle.parts[0][: handle.handle.tokens]
-        if self._groups.tp is not None:
-            with together("summing results of TP ranks", self._groups.tp):
-                dist.all_reduce(result, group=self._groups.tp)
-        if self._scale != 1.0:
-            result = result * self._scale
-        output = handle.handle.output
-        return result if output is None else output.copy_(result)
+        return finish(result, self._groups, self._scale, handle.handle.output)
 
 
 def _padded(rows: Tensor, wanted: int, value: float) -> Tensor:
