@@ -3,14 +3,18 @@
     PYTHONPATH=.:plugins/triton/src python benchmarks/gpu_ep.py --ranks 2 --out "$OUT"
     python benchmarks/gpu_ep.py --dry --ranks 2       # tiny layers over gloo: every step, no meaning
 
-Every rank brings its own tokens, T each, with uniform random routing. Times are medians, of the slowest rank. `remote`
-is what a rank sends to others in dispatch and combine together, and its rate over their time; the floor is that at 450
-GB/s (NVLink 4, one direction). `compute` is `plan.run` on what was dispatched; efficiency is compute / layer. The
-result is checked in the same run, against the dispatcher `standard` on the tokens of all ranks.
+Every rank brings its own tokens, T each, with uniform random routing. Times are medians, of the slowest rank, in CUDA
+graphs where the dispatcher can be captured. `travel` is dispatch and combine with nothing between them; `remote` is
+what a rank sends to others in both, and its rate over `travel`; the floor is that at 450 GB/s (NVLink 4, one
+direction). `compute` is `plan.run` on what was dispatched; efficiency is compute / layer. The result is checked in the
+same run, against the dispatcher `standard` on the tokens of all ranks. Dispatchers that are not installed are left out.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 import json
 import os
 import statistics
@@ -18,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,20 +36,35 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from _gpu import making
-from _gpu.contestants import registry
 from shapes import TINY, Shape, find
 
 import moe_core
 from moe_core import ParallelConfig, RunningState, Settings, TopKOutput
+from moe_core.errors import MoeCoreError
+from moe_core.registry import Registry
 from moe_core.vocabulary import Phase
 
 LINK: Final = 450e9
 TOKENS: Final = (8, 128, 1024, 4096, 8192)
 LAYERS: Final = ("qwen3-235b-a22b:fp8_block128", "qwen3-235b-a22b:bf16", "deepseek-v3:fp8_block128")
 DISPATCHERS: Final = ("allgather", "alltoall", "alltoall_grouped")
+#: Of plugins: symm_mem of triton, the others of deepep, where DeepEP is installed.
+PLUGINS: Final = ("symm_mem", "deepep_normal", "deepep_normal_static", "deepep_ll")
+#: Dispatchers of low latency serve this many tokens a rank at most.
+DECODE: Final = 128
+#: Dispatcher -> phase that it is planned for, and its options. Others: prefill, none.
+HOW: Final[dict[str, tuple[Phase, dict[str, Any]]]] = {
+    "allgather": (Phase.PREFILL, {"equal_tokens": True}),
+    "symm_mem": (Phase.PREFILL, {"equal_tokens": True}),
+    "deepep_ll": (Phase.DECODE, {}),
+}
+#: Those that wait for the host cannot be captured.
+CAPTURED: Final = ("symm_mem", "allgather", "deepep_normal_static", "deepep_ll")
 #: Whole models' layers that are not one GPU's.
 WHOLE: Final = {"deepseek-v3": Shape("deepseek-v3", "DeepSeek-V3", 256, 8, 7168, 2048)}
 READINGS, WARM = 15, 3
+#: Calls in a graph.
+CALLS: Final = 4
 #: Relative RMS between two ways to the same sum.
 ALLOWED: Final = {"bf16": 1e-2, "fp8_block128": 5e-2}
 
@@ -70,18 +89,17 @@ class Row:
     layer: str
     dispatcher: str
     tokens: int
-    dispatch_us: float
+    captured: bool
+    travel_us: float
     compute_us: float
-    combine_us: float
     layer_us: float
-    graph_us: float | None
     remote_bytes: int
     error: float
 
     @property
     def rate(self) -> float:
         """Remote GB/s while tokens travel."""
-        return self.remote_bytes / (self.dispatch_us + self.combine_us) / 1e3
+        return self.remote_bytes / self.travel_us / 1e3
 
     @property
     def floor_us(self) -> float:
@@ -90,8 +108,18 @@ class Row:
 
     @property
     def efficiency(self) -> float:
-        """Compute over the whole layer, in a graph where there is one."""
-        return self.compute_us / (self.layer_us if self.graph_us is None else self.graph_us)
+        """Compute over the whole layer."""
+        return self.compute_us / self.layer_us
+
+
+@functools.cache
+def registry() -> Registry:
+    """The plugins of this repository that are on the path, installed or not."""
+    found = []
+    for name in ("triton", "deepep"):
+        with contextlib.suppress(ImportError):
+            found.append(importlib.import_module(f"moe_core_{name}.plugin").plugin)
+    return Registry(found)
 
 
 class Rank:
@@ -128,19 +156,42 @@ class Rank:
                 found.append(microseconds)
         return self.slowest(statistics.median(found))
 
-    def graph(self, work: Callable[[], Any]) -> float | None:
-        """The same of a captured call; None on a CPU."""
-        if self.device.type != "cuda":
-            return None
+    def measured(self, work: Callable[[], Any], captured: bool) -> float:
+        """`timed`, of several calls in a CUDA graph where that can be."""
+        if not captured:
+            return self.timed(work)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            work()
+            for _ in range(2):
+                work()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            work()
-        return self.timed(graph.replay)
+            for _ in range(CALLS):
+                work()
+        return self.timed(graph.replay) / CALLS
+
+    def plan(self, config: Any, weights: Any, dispatcher: str, most: int) -> Any:
+        """This rank's plan for at most `most` tokens a rank. None where the dispatcher is not installed."""
+        options = self.options
+        phase, chosen = HOW.get(dispatcher, (Phase.PREFILL, {}))
+        captured = dispatcher in CAPTURED and self.device.type == "cuda"
+        tokens = "replicated" if dispatcher == "standard" else "sharded"
+        parallel = ParallelConfig(ep_size=options.ranks, ep_rank=self.rank, tokens=tokens)
+        settings = Settings(
+            runner=options.runner, dispatcher=dispatcher, options={dispatcher: chosen} if chosen else {}
+        )
+        more: dict[str, Any] = {"settings": settings, "group": dist.group.WORLD, "registry": registry()}
+        more |= {"phases": (phase,), "graph_capture": (phase,) if captured else ()}
+        try:
+            return moe_core.plan(config, weights, parallel, max_tokens=most, **more)
+        except MoeCoreError as error:
+            if dispatcher in DISPATCHERS:
+                raise
+            if self.rank == 0:
+                print(f"{dispatcher} is left out: {error}", flush=True)
+            return None
 
     def layer(self, name: str, scheme: str) -> list[Row]:
         """Every dispatcher and number of tokens for one layer."""
@@ -150,65 +201,69 @@ class Rank:
             config = config.replace(dtype="float32")
         local = config.replace(num_experts=config.num_experts // options.ranks, top_k=1)
         weights = making.random_weights(local, self.device, 100 + self.rank)
-        place = {"ep_size": options.ranks, "ep_rank": self.rank}
-        most, rows = max(options.tokens), []
-
-        def plan(dispatcher: str, tokens: str, **more: Any) -> moe_core.MoePlan:
-            chosen = Settings(runner=options.runner, dispatcher=dispatcher, options=more)
-            given: dict[str, Any] = {
-                "settings": chosen,
-                "group": dist.group.WORLD,
-                "registry": registry(options.runner),
-            }
-            return moe_core.plan(
-                config, weights, ParallelConfig(**place, tokens=tokens), max_tokens=most * options.ranks, **given
-            )
-
-        summed = plan("standard", "replicated")
+        most, rows = max(options.tokens), list[Row]()
+        summed = self.plan(config, weights, "standard", most * options.ranks)
         for dispatcher in options.dispatchers:
-            more = {"allgather": {"equal_tokens": True}} if dispatcher == "allgather" else {}
-            bound = plan(dispatcher, "sharded", **more)
-            for tokens in options.tokens:
+            decode = HOW.get(dispatcher, (Phase.PREFILL,))[0] is Phase.DECODE
+            limit = min(most, DECODE) if decode else most
+            bound = self.plan(config, weights, dispatcher, limit)
+            for tokens in options.tokens if bound is not None else ():
+                if tokens > limit:
+                    continue
                 if self.slowest(float(time.monotonic() > options.deadline)):
-                    return rows
+                    break
                 rows.append(self.point(f"{name}:{scheme}", shape, bound, summed, dispatcher, tokens))
+            if bound is not None:
+                bound.close()
         return rows
 
     def point(self, layer: str, shape: Shape, plan: Any, summed: Any, dispatcher: str, tokens: int) -> Row:
         """One dispatcher and number of tokens."""
         made = making.random_inputs(shape, tokens, "uniform", self.device, 1000 * tokens + self.rank)
         hidden, topk = made.hidden.to(plan._binding.dtype), made.topk
-        dispatched = plan.dispatch(hidden, topk, RunningState(Phase.PREFILL))
-        done = plan.run(dispatched, RunningState(Phase.PREFILL))
+        phase = HOW.get(dispatcher, (Phase.PREFILL,))[0]
+        state = RunningState(phase)
+        captured = dispatcher in CAPTURED and self.device.type == "cuda"
+        dispatched = plan.dispatch(hidden, topk, state)
+        sent = self.remote(dispatcher, dispatched, plan, hidden, topk)
+        done = plan.run(dispatched, state)
+        plan.combine(done, state)
 
-        def combine() -> Any:
-            return plan.combine(done, RunningState(Phase.PREFILL))
+        def travel() -> Any:
+            given = plan.dispatch(hidden, topk, RunningState(phase))
+            return plan.combine(replace(done, handle=given.handle), RunningState(phase))
 
-        # The others wait for the host.
-        graph = self.graph(lambda: plan(hidden, topk)) if dispatcher == "allgather" else None
         return Row(
             layer,
             dispatcher,
             tokens,
-            self.timed(lambda: plan.dispatch(hidden, topk, RunningState(Phase.PREFILL))),
-            self.timed(lambda: plan.run(dispatched, RunningState(Phase.PREFILL))),
-            self.timed(combine),
-            self.timed(lambda: plan(hidden, topk)),
-            graph,
-            int(self.slowest(self.remote(dispatched, plan, hidden, tokens))),
-            self.slowest(self.apart(plan(hidden, topk), summed, hidden, topk)),
+            captured,
+            self.measured(travel, captured),
+            self.measured(lambda: plan.run(dispatched, RunningState(phase)), captured),
+            self.measured(lambda: plan(hidden, topk, phase=phase), captured),
+            int(self.slowest(sent)),
+            self.slowest(self.apart(plan(hidden, topk, phase=phase), summed, hidden, topk)),
         )
 
-    def remote(self, dispatched: Any, plan: Any, hidden: Any, tokens: int) -> float:
-        """Bytes that this rank sends to others: tokens with ids and weights, and results."""
-        route = getattr(dispatched.handle, "route", None)
-        others = (self.options.ranks - 1) * tokens
-        if route is not None:
-            others = sum(route.sent_rows) - route.sent_rows[self.rank]
+    def remote(self, dispatcher: str, dispatched: Any, plan: Any, hidden: Any, topk: Any) -> float:
+        """Bytes that this rank sends to others: tokens with ids and weights, and results.
+
+        Of `allgather`, every token to every rank. Of batches by expert, a row for each of a token's experts elsewhere;
+        of the others, a row for each rank that has some.
+        """
+        ranks, config = self.options.ranks, plan._config
+        owners = topk.topk_ids // (config.num_experts // ranks)
+        if dispatched.format == "batched":
+            others = int((owners != self.rank).sum())
+        elif dispatcher == "allgather":
+            others = (ranks - 1) * hidden.shape[0]
+        else:
+            others = sum(int((owners == rank).any(dim=1).sum()) for rank in range(ranks) if rank != self.rank)
         payload = dispatched.hidden_states.dtype.itemsize * hidden.shape[1]
         scale = dispatched.hidden_scale
         payload += 0 if scale is None else scale.shape[-1] * scale.dtype.itemsize
-        return float(others * (payload + 8 * plan._config.top_k + hidden.dtype.itemsize * hidden.shape[1]))
+        travelling = 0 if dispatched.format == "batched" else 8 * config.top_k
+        return float(others * (payload + travelling + hidden.dtype.itemsize * hidden.shape[1]))
 
     def apart(self, result: Any, summed: Any, hidden: Any, topk: Any) -> float:
         """Relative RMS from the sum over replicated tokens."""
@@ -244,31 +299,18 @@ def _run(rank: int, options: Options, rendezvous: str, out: str) -> None:
 
 def show(rows: list[Row]) -> Table:
     """A line a point."""
-    table = Table(title="microseconds, medians of the slowest rank")
-    headers = (
-        "layer",
-        "dispatcher",
-        "T a rank",
-        "dispatch",
-        "compute",
-        "combine",
-        "layer",
-        "in a graph",
-        "remote GB/s",
-    )
-    for header in (*headers, "x floor", "efficiency", "error"):
-        table.add_column(header, justify="left" if header in headers[:2] else "right")
+    table = Table(title="microseconds, medians of the slowest rank; *: in a CUDA graph")
+    left = ("layer", "dispatcher")
+    numbers = ("T a rank", "travel", "compute", "layer", "remote GB/s", "x floor", "efficiency", "error")
+    for header in (*left, *numbers):
+        table.add_column(header, justify="left" if header in left else "right")
     for row in rows:
-        travel = row.dispatch_us + row.combine_us
-        numbers = (row.dispatch_us, row.compute_us, row.combine_us, row.layer_us)
         table.add_row(
             row.layer,
-            row.dispatcher,
+            row.dispatcher + ("*" if row.captured else ""),
             str(row.tokens),
-            *(f"{number:.0f}" for number in numbers),
-            "-" if row.graph_us is None else f"{row.graph_us:.0f}",
-            f"{row.rate:.0f}",
-            f"{travel / row.floor_us:.1f}",
+            *(f"{number:.0f}" for number in (row.travel_us, row.compute_us, row.layer_us, row.rate)),
+            f"{row.travel_us / row.floor_us:.2f}",
             f"{100 * row.efficiency:.0f} %",
             f"{row.error:.1e}",
         )
@@ -278,7 +320,7 @@ def show(rows: list[Row]) -> Table:
 @click.command()
 @click.option("--ranks", default=2, show_default=True, help="GPUs of this host.")
 @click.option("--layers", default=",".join(LAYERS), show_default=True, help="shape:scheme,...")
-@click.option("--dispatchers", default=",".join(DISPATCHERS), show_default=True)
+@click.option("--dispatchers", default=",".join(DISPATCHERS + PLUGINS), show_default=True)
 @click.option("--tokens", default=",".join(map(str, TOKENS)), show_default=True, help="Of a rank.")
 @click.option("--runner", default="triton", show_default=True)
 @click.option("--budget", default=300.0, show_default=True, help="Seconds after which no further point begins.")
@@ -292,6 +334,7 @@ def main(
         raise click.ClickException(f"{ranks} GPUs are needed, torch sees {torch.cuda.device_count()}")
     if dry:
         layers, tokens, runner = ",".join(f"{name}:bf16" for name in TINY if "biased" not in name), "3,5", "reference"
+        dispatchers = ",".join(DISPATCHERS)
     options = Options(
         ranks,
         tuple(layers.split(",")),

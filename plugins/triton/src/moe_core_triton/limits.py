@@ -28,6 +28,23 @@ def hooks(request: PlanRequest, subject: str) -> list[Reason]:
     return reasons
 
 
+def one_host(request: PlanRequest, subject: str) -> list[Reason]:
+    """Peers' memory is mapped, so all ranks of the layer must be on this host, each with a GPU that this one sees."""
+    ranks, here = request.parallel.ep_size * request.parallel.tp_size, request.hardware.device_count
+    if ranks <= here:
+        return []
+    return [
+        Reason(
+            subject,
+            "parallel.ep",
+            f"all ranks must be on one host, and {here} GPUs are seen here",
+            f"at most {here}",
+            str(ranks),
+            "let each process see all GPUs of the host (CUDA_VISIBLE_DEVICES)",
+        )
+    ]
+
+
 def interpreter(request: PlanRequest, subject: str) -> list[Reason]:
     """Refused unless TRITON_INTERPRET=1: kernels are made for the interpreter when their modules are imported."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":

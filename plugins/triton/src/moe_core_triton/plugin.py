@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from moe_core import hookimpl
 from moe_core.capability import Requires, Support
-from moe_core.specs import AdapterSpec, FusedSpec, PluginInfo, RunnerSpec, Wants
+from moe_core.specs import AdapterSpec, DispatcherSpec, FusedSpec, Offers, PluginInfo, RunnerSpec, Wants
 from moe_core.vocabulary import BATCHED, GROUPED, STANDARD, DroppedSlot, IdSpace, Maturity, Phase, Step
 
 _FP8_ARCHS = (">=sm_89", "gfx942", "gfx950")
@@ -137,6 +137,44 @@ FUSED = tuple(
 )
 
 
+DISPATCHER = DispatcherSpec(
+    name="symm_mem",
+    summary="tokens and results by stores into the memory of the host's other GPUs; no host sync",
+    factory="moe_core_triton.peers.dispatcher:SymmMemDispatcher",
+    formats=dict.fromkeys(Phase, STANDARD),
+    offers={
+        STANDARD: Offers(
+            id_spaces=frozenset({IdSpace.LOCAL}),
+            dropped=frozenset({DroppedSlot.NEGATIVE, DroppedSlot.SINK}),
+            payloads=frozenset({"bf16", "fp8_group128", "fp8_token", "int8_token"}),
+            extras=frozenset({"expert_mask"}),
+            can=frozenset({Step.ROUTED_SCALING, Step.TP_REDUCE}),
+            always=frozenset({Step.EP_REDUCE}),
+        )
+    },
+    priority=130,
+    split_phases=True,
+    why_not="moe_core_triton.limits:one_host",
+    options={
+        "equal_tokens": "promise that all ranks bring the same number of tokens to a call (default False: without "
+        "RunningState.tokens_per_rank, everybody's are padded to max_tokens; padding does not travel)",
+        "programs": "thread blocks of a communication kernel, at most 512 (default: one for each SM)",
+        "timeout_s": "seconds that a kernel waits for another rank before it ends the process (default 60)",
+    },
+    support=Support(
+        devices={"cuda": (">=sm_80",)},
+        dtypes=frozenset({"bfloat16", "float16", "float32"}),
+        tokens=frozenset({"sharded"}),
+        graph_capture=frozenset(Phase),
+        hidden_multiple=16,
+        max_top_k=64,
+        needs_max_tokens=True,
+        ep_sizes=(2, 8),
+        requires=(_TRITON,),
+    ),
+)
+
+
 class TritonPlugin:
     """The hooks of the entry point `triton`."""
 
@@ -144,6 +182,11 @@ class TritonPlugin:
     def moe_core_plugin_info(self) -> PluginInfo:
         """Who this is."""
         return PluginInfo(name="triton", summary="Triton kernels for NVIDIA and AMD GPUs")
+
+    @hookimpl
+    def moe_core_dispatchers(self) -> tuple[DispatcherSpec, ...]:
+        """Tokens between the GPUs of one host."""
+        return (DISPATCHER,)
 
     @hookimpl
     def moe_core_runners(self) -> tuple[RunnerSpec, ...]:

@@ -1,0 +1,230 @@
+"""`symm_mem`: tokens and results go by stores into the memory of the other GPUs of the host.
+
+Format `standard`, [ep_size * rows, H] as of `allgather`, but a token's row travels only to the ranks that have one of
+its experts, and rows that are not there are not moved: their ids are dropped, and nobody reads them. One launch to
+dispatch, one to combine, each of which waits on the device for the other ranks' programs; results are added up in
+float32 in the order of ranks. Nothing waits for the host, so a call can be captured in a graph.
+
+What `dispatch` gives lies in the shared memory until the next dispatch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from moe_core.dispatchers.standard import expert_mask
+from moe_core.dispatchers.steps import taken_on
+from moe_core.dispatchers.torch_distributed.finish import finish
+from moe_core.dispatchers.torch_distributed.groups import make_groups
+from moe_core.dispatchers.torch_distributed.payload import Travelling
+from moe_core.dispatchers.torch_distributed.rows import RowsOfRanks
+from moe_core.errors import BindError, CommunicationError
+from moe_core.formats import StandardCombineInput, StandardDispatchOutput
+from moe_core.protocols import Binding, RunningState
+from moe_core.topk import TopKOutput
+from moe_core.vocabulary import DroppedSlot, Step
+from moe_core_triton.kernels.launching import processors
+from moe_core_triton.peers.kernels import send_tokens, sum_results
+from moe_core_triton.peers.memory import PROGRAMS, Need, Window, shared_memory
+
+#: Seconds that a kernel waits for another rank, unless the option says otherwise.
+TIMEOUT_S = 60
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Handle:
+    """What travels to `combine`: this rank's tokens, the rows of each rank, its own ids, where it all lies."""
+
+    tokens: int
+    rows: int
+    ids: Tensor
+    window: Window
+    output: Tensor | None
+
+
+@dataclass(slots=True)
+class Sent:
+    """Between `dispatch_begin` and `dispatch_finish`: what was sent is held until then."""
+
+    handle: Handle
+    columns: int
+    dtype: torch.dtype
+    scales: int
+    held: list[Tensor]
+
+
+@dataclass(slots=True)
+class Returned:
+    """Between `combine_begin` and `combine_finish`."""
+
+    handle: Handle
+    result: Tensor
+
+
+class SymmMemDispatcher:
+    """See the module. Keeps nothing between two calls but the shared memory."""
+
+    def __init__(self, binding: Binding) -> None:
+        terms = binding.terms
+        if terms is None or terms.payload is None:
+            raise BindError("the symm_mem dispatcher was bound without terms")
+        self._groups, self._rows = make_groups(binding), RowsOfRanks(binding)
+        self._travelling, self._payload = Travelling(binding), terms.payload
+        config, parallel = binding.config, binding.parallel
+        self._me, self._ranks, self._experts = parallel.ep_rank, parallel.ep_size, config.num_experts
+        self._hidden, self._dtype, self._top_k = config.hidden_size, binding.dtype, config.top_k
+        self._owner, self._index = _places(binding)
+        sink = terms.dropped is DroppedSlot.SINK
+        self._dropped = binding.num_local_experts if sink else -1
+        self.expert_mask = expert_mask(binding, sink=sink) if "expert_mask" in terms.extras else None
+        self._scale = config.routed_scaling_factor if Step.ROUTED_SCALING in taken_on(binding) else 1.0
+        self._programs = int(binding.options.get("programs", 0)) or processors(binding.device)
+        self._timeout_ns = int(1e9 * float(binding.options.get("timeout_s", TIMEOUT_S)))
+        if not 1 <= self._programs <= PROGRAMS or self._timeout_ns <= 0:
+            raise BindError(
+                f"programs is 1 to {PROGRAMS} and timeout_s positive, got {self._programs} and "
+                f"{binding.options.get('timeout_s', TIMEOUT_S)}"
+            )
+        self._memory = shared_memory(self._groups.ep, self._groups.members, self._need(binding), binding.device)
+
+    def _need(self, binding: Binding) -> Need:
+        one = torch.zeros(1, self._hidden, dtype=self._dtype, device=binding.device)
+        data, *scale = self._travelling(one)
+        if binding.max_tokens is None:
+            raise BindError("without max_tokens nobody knows how large the shared memory must be")
+        return Need(
+            ranks=self._ranks,
+            rows=binding.max_tokens,
+            hidden_bytes=self._hidden * data.dtype.itemsize,
+            scale_bytes=scale[0].shape[1] * scale[0].dtype.itemsize if scale else 0,
+            result_bytes=self._hidden * self._dtype.itemsize,
+            top_k=self._top_k,
+        )
+
+    def dispatch(self, hidden_states: Tensor, topk_output: TopKOutput, state: RunningState) -> StandardDispatchOutput:
+        """The tokens that this rank has experts for, among [ep_size * rows, H]."""
+        return self._given(self._send(hidden_states, topk_output, state, wait=True))
+
+    def dispatch_begin(self, hidden_states: Tensor, topk_output: TopKOutput, state: RunningState) -> Sent:
+        """Send."""
+        return self._send(hidden_states, topk_output, state, wait=False)
+
+    def dispatch_finish(self, handle: Sent, state: RunningState) -> StandardDispatchOutput:
+        """Wait for the others."""
+        self._launch_send(handle, send=False, wait=True)
+        return self._given(handle)
+
+    def _send(self, hidden_states: Tensor, topk_output: TopKOutput, state: RunningState, *, wait: bool) -> Sent:
+        if failed := int(self._memory.failure[0]):
+            raise CommunicationError(
+                f"EP rank {self._me} waited {self._timeout_ns / 1e9:g} s for EP rank {failed - 1}, in vain: it is "
+                "dead, late, or not in this call",
+                hint="see what the other ranks say; start the processes again",
+            )
+        tokens = hidden_states.shape[0]
+        rows = self._rows(tokens, state)
+        ids = topk_output.topk_ids.contiguous()
+        held = [*self._travelling(hidden_states), ids, topk_output.topk_weights.to(torch.float32).contiguous()]
+        scales = held[1] if len(held) == 4 else None
+        window = self._memory.window()
+        output, state.output = state.output, None
+        handle = Handle(tokens, rows, ids, window, output)
+        window.take(handle)
+        sent = Sent(handle, held[0].shape[1], held[0].dtype, 0 if scales is None else scales.shape[1], held)
+        self._launch_send(sent, send=True, wait=wait)
+        return sent
+
+    def _launch_send(self, sent: Sent, *, send: bool, wait: bool) -> None:
+        handle, window, held = sent.handle, sent.handle.window, sent.held
+        if not handle.rows:
+            return
+        words = sent.columns * sent.dtype.itemsize // 4
+        block = triton.next_power_of_2(words)
+        place = window.place
+        send_tokens[(min(handle.rows, self._programs),)](
+            held[0].view(torch.int32), held[1].view(torch.int32) if sent.scales else None,
+            held[-2], held[-1], self._owner, self._index, window.bases, window.epochs[0], self._memory.failure,
+            place["sent"], place["hidden"], place["scale"], place["ids"], place["weights"],
+            handle.tokens, handle.rows, self._experts, self._me,
+            R=self._ranks, K=self._top_k, KP=triton.next_power_of_2(self._top_k), ROW=words, BLOCK=block,
+            SCALES=sent.scales, SP=triton.next_power_of_2(max(1, sent.scales)), DROPPED=self._dropped, P=PROGRAMS,
+            SEND=send, WAIT=wait, TIMEOUT_NS=self._timeout_ns, num_warps=_warps(4 * block),
+        )  # fmt: skip
+
+    def _given(self, sent: Sent) -> StandardDispatchOutput:
+        handle, window = sent.handle, sent.handle.window
+        rows = self._ranks * handle.rows
+        return StandardDispatchOutput(
+            window.part("hidden", rows, sent.dtype, sent.columns),
+            window.part("ids", rows, torch.int32, self._top_k),
+            window.part("weights", rows, torch.float32, self._top_k),
+            hidden_scale=window.part("scale", rows, torch.float32, sent.scales) if sent.scales else None,
+            expert_mask=self.expert_mask,
+            handle=handle,
+        )
+
+    def combine(self, combine_input: StandardCombineInput, state: RunningState) -> Tensor:
+        """This rank's tokens, summed over all ranks."""
+        returned = self._return(combine_input)
+        return self._sum(returned, send=True)
+
+    def combine_begin(self, combine_input: StandardCombineInput, state: RunningState) -> Returned:
+        """Send the results."""
+        returned = self._return(combine_input)
+        self._launch_sum(returned, returned.result, send=True, wait=False)
+        return returned
+
+    def combine_finish(self, handle: Returned, state: RunningState) -> Tensor:
+        """Wait for those of the others, and sum."""
+        return self._sum(handle, send=False)
+
+    def _return(self, combine_input: StandardCombineInput) -> Returned:
+        return Returned(combine_input.handle, combine_input.hidden_states.contiguous())
+
+    def _sum(self, returned: Returned, *, send: bool) -> Tensor:
+        handle = returned.handle
+        given = handle.output if self._groups.tp is None else None
+        out = returned.result.new_empty(handle.tokens, self._hidden) if given is None else given
+        if out.stride(-1) != 1:
+            out = torch.empty_like(out, memory_format=torch.contiguous_format)
+        self._launch_sum(returned, out, send=send, wait=True)
+        handle.window.give_back()
+        if out is given:
+            return out
+        return finish(out, self._groups, 1.0, handle.output)
+
+    def _launch_sum(self, returned: Returned, out: Tensor, *, send: bool, wait: bool) -> None:
+        handle, window = returned.handle, returned.handle.window
+        if not handle.rows:
+            return
+        block = triton.next_power_of_2(self._hidden)
+        place = window.place
+        sum_results[(min(handle.rows, self._programs),)](
+            returned.result, out, handle.ids, self._owner, window.bases, window.epochs[1], self._memory.failure,
+            place["returned"], place["results"], place["ids"], out.stride(0), handle.tokens, handle.rows,
+            self._experts, float(self._scale), self._me,
+            R=self._ranks, K=self._top_k, KP=triton.next_power_of_2(self._top_k), H=self._hidden, BLOCK=block,
+            DROPPED=self._dropped, P=PROGRAMS, SEND=send, WAIT=wait, TIMEOUT_NS=self._timeout_ns,
+            num_warps=_warps(block * self._dtype.itemsize),
+        )  # fmt: skip
+
+
+def _places(binding: Binding) -> tuple[Tensor, Tensor]:
+    """int32 [E]: the EP rank of each expert, and its number there."""
+    experts = binding.config.num_experts
+    owner, index = torch.zeros(2, experts, dtype=torch.int32)
+    for rank in range(binding.parallel.ep_size):
+        local = torch.tensor(replace(binding.parallel, ep_rank=rank).local_experts(experts), dtype=torch.int64)
+        owner[local] = rank
+        index[local] = torch.arange(len(local), dtype=torch.int32)
+    return owner.to(binding.device), index.to(binding.device)
+
+
+def _warps(row_bytes: int) -> int:
+    """64 bytes a thread: four loads of 16 under way."""
+    return max(1, min(16, row_bytes // (32 * 64)))

@@ -1,0 +1,158 @@
+"""Tokens to the ranks that need them, results back: stores to peers' memory, with flags in place of collectives.
+
+Every program of a launch has its own flags and waits for the same program of each other rank alone; the kernel ends
+when all have, so the next kernel of the stream finds everything. Flags and epochs only count up, which a replayed graph
+does as well.
+
+Addresses of peers are numbers to Triton, without known alignment: `tl.multiple_of` says that rows are of 16 bytes, or
+stores would be two bytes wide.
+
+Roofline: the bytes that leave a GPU over its link (450 GB/s with NVLink 4), a token's row to each other rank that has
+one of its experts, and back in the layer's dtype. Few tokens: two crossings of the link, about 3 us, a launch each.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _await(flag, wanted, failure, code, TIMEOUT_NS: tl.constexpr):
+    """Until the counter at `flag` has reached `wanted`. Ends the process's context after TIMEOUT_NS (0: never)."""
+    seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    if seen - wanted < 0:
+        if TIMEOUT_NS > 0:
+            began = tl.extra.cuda.globaltimer()
+            while seen - wanted < 0:
+                seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+                if tl.extra.cuda.globaltimer() - began > TIMEOUT_NS:
+                    tl.store(failure, code)
+                    tl.inline_asm_elementwise(
+                        "membar.sys; nanosleep.u32 1000000; trap; mov.b32 $0, $1;", "=r,r", [seen], tl.int32, False, 1
+                    )
+        else:
+            while seen - wanted < 0:
+                seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+
+
+@triton.jit
+def _signal(bases, flags_at, me, R: tl.constexpr, P: tl.constexpr):
+    """To the same program of every other rank: what this one had to write is written."""
+    tl.debug_barrier()
+    for j in tl.static_range(1, R):
+        base = tl.load(bases + (me + j) % R)
+        flag = (base + flags_at).to(tl.pointer_type(tl.int32)) + me * P + tl.program_id(0)
+        tl.atomic_add(flag, 1, sem="release", scope="sys")
+
+
+@triton.jit
+def _await_all(bases, flags_at, epochs, failure, me, R: tl.constexpr, P: tl.constexpr, TIMEOUT_NS: tl.constexpr):
+    """For the same program of every other rank."""
+    pid = tl.program_id(0)
+    wanted = tl.load(epochs + pid) + 1
+    own = (tl.load(bases + me) + flags_at).to(tl.pointer_type(tl.int32))
+    for j in tl.static_range(1, R):
+        source = (me + j) % R
+        _await(own + source * P + pid, wanted, failure, source + 1, TIMEOUT_NS)
+    tl.debug_barrier()
+    tl.store(epochs + pid, wanted)
+
+
+@triton.jit(do_not_specialize=["tokens", "rows", "me", "experts"])
+def send_tokens(
+    hidden, scale, ids, weights, owner, index, bases, epochs, failure,
+    flags_at, hidden_at, scale_at, ids_at, weights_at, tokens, rows, experts, me,
+    R: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, SCALES: tl.constexpr,
+    SP: tl.constexpr, DROPPED: tl.constexpr, P: tl.constexpr, SEND: tl.constexpr, WAIT: tl.constexpr,
+    TIMEOUT_NS: tl.constexpr,
+):  # fmt: skip
+    """SEND: rows of this rank to whom they concern. WAIT: for those of the others.
+
+    hidden: int32 words [tokens, ROW]; scale: int32 words [tokens, SCALES]; ids [tokens, K] of any integer dtype,
+    weights float32 [tokens, K]; owner, index: int32 [experts], the rank of an expert and its number there. bases:
+    int64 [R], each rank's buffer; *_at: offsets in it, in bytes. A rank's part has `rows` rows there, `tokens` or more;
+    ids of experts elsewhere, and of rows that are no token, become DROPPED.
+    """
+    pid, programs = tl.program_id(0), tl.num_programs(0)
+    if SEND:
+        k = tl.arange(0, KP)
+        word = tl.arange(0, BLOCK)
+        part = tl.arange(0, SP)
+        for t in range(pid, rows, programs):
+            there = t < tokens
+            slot = t.to(tl.int64) * K + k
+            e = tl.load(ids + slot, mask=there & (k < K), other=-1).to(tl.int32)
+            live = (e >= 0) & (e < experts)
+            rank = tl.load(owner + e, mask=live, other=-1)
+            number = tl.load(index + e, mask=live, other=0)
+            weight = tl.load(weights + slot, mask=live, other=0.0)
+            row = tl.load(hidden + t.to(tl.int64) * ROW + word, mask=there & (word < ROW), other=0)
+            if SCALES > 0:
+                factors = tl.load(scale + t.to(tl.int64) * SCALES + part, mask=there & (part < SCALES), other=0)
+            at = (me * rows + t).to(tl.int64)
+            for j in tl.static_range(R):
+                peer = (me + j) % R
+                base = tl.load(bases + peer)
+                mine = rank == peer
+                to_ids = (base + ids_at).to(tl.pointer_type(tl.int32)) + at * K + k
+                tl.store(to_ids, tl.where(mine, number, DROPPED), mask=k < K)
+                to_weights = (base + weights_at).to(tl.pointer_type(tl.float32)) + at * K + k
+                tl.store(to_weights, tl.where(mine, weight, 0.0), mask=k < K)
+                needed = tl.max(mine.to(tl.int32), axis=0) > 0
+                to_row = (base + hidden_at + at * (ROW * 4)).to(tl.pointer_type(tl.int32))
+                tl.store(tl.multiple_of(to_row, 16) + word, row, mask=needed & (word < ROW))
+                if SCALES > 0:
+                    to_scale = (base + scale_at).to(tl.pointer_type(tl.int32)) + at * SCALES + part
+                    tl.store(to_scale, factors, mask=needed & (part < SCALES))
+        _signal(bases, flags_at, me, R, P)
+    if WAIT:
+        _await_all(bases, flags_at, epochs, failure, me, R, P, TIMEOUT_NS)
+
+
+@triton.jit(do_not_specialize=["tokens", "rows", "me", "experts", "factor"])
+def sum_results(
+    result, out, ids, owner, bases, epochs, failure,
+    flags_at, results_at, ids_at, out_stride, tokens, rows, experts, factor, me,
+    R: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+    DROPPED: tl.constexpr, P: tl.constexpr, SEND: tl.constexpr, WAIT: tl.constexpr, TIMEOUT_NS: tl.constexpr,
+):  # fmt: skip
+    """SEND: results of other ranks' tokens to them. WAIT: for those of the others, and sum them up.
+
+    result: [R * rows, H] of this rank's experts; rows without a slot here are not read. ids: [tokens, K], this rank's
+    own, as `send_tokens` got them; those that it was sent lie at ids_at. out: [tokens, H], `factor` times the sum over
+    ranks, in the order of ranks and in float32.
+    """
+    pid, programs = tl.program_id(0), tl.num_programs(0)
+    k = tl.arange(0, KP)
+    h = tl.arange(0, BLOCK)
+    own = tl.load(bases + me)
+    if SEND:
+        got = (own + ids_at).to(tl.pointer_type(tl.int32))
+        for t in range(pid, rows, programs):
+            to = (me * rows + t).to(tl.int64)
+            for j in tl.static_range(1, R):
+                peer = (me + j) % R
+                row = (peer * rows + t).to(tl.int64)
+                number = tl.load(got + row * K + k, mask=k < K, other=DROPPED)
+                needed = tl.max((number != DROPPED).to(tl.int32), axis=0) > 0
+                value = tl.load(result + row * H + h, mask=needed & (h < H), other=0.0)
+                base = tl.load(bases + peer)
+                to_row = (base + results_at).to(result.dtype) + to * H
+                tl.store(tl.multiple_of(to_row, 16) + h, value, mask=needed & (h < H))
+        _signal(bases, flags_at, me, R, P)
+    if WAIT:
+        _await_all(bases, flags_at, epochs, failure, me, R, P, TIMEOUT_NS)
+        come = tl.multiple_of((own + results_at).to(result.dtype), 16)
+        for t in range(pid, tokens, programs):
+            e = tl.load(ids + t.to(tl.int64) * K + k, mask=k < K, other=-1).to(tl.int32)
+            live = (e >= 0) & (e < experts)
+            rank = tl.load(owner + e, mask=live, other=-1)
+            total = tl.zeros((BLOCK,), tl.float32)
+            for source in tl.static_range(R):
+                needed = tl.max((rank == source).to(tl.int32), axis=0) > 0
+                here = source == me
+                row = (source * rows + t).to(tl.int64) * H + h
+                total += tl.load(come + row, mask=needed & (here == 0) & (h < H), other=0.0).to(tl.float32)
+                total += tl.load(result + row, mask=needed & here & (h < H), other=0.0).to(tl.float32)
+            tl.store(out + t.to(tl.int64) * out_stride + h, (total * factor).to(out.dtype.element_ty), mask=h < H)
