@@ -166,7 +166,7 @@ def replays(call: Callable[[Tensor, TopKOutput], Tensor], calls: list[tuple[Tens
     """Results of one CUDA graph, made with the first call's tokens and replayed with each call's, each twice."""
     hidden = calls[0][0].clone()
     topk = TopKOutput(calls[0][1].topk_ids.clone(), calls[0][1].topk_weights.clone())
-    stream = torch.cuda.Stream()
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moe_core.dispatchers.standard import expert_map, expert_mask, id_table
 from moe_core.dispatchers.steps import finish_slots, taken_on
 from moe_core.dispatchers.torch_distributed.finish import finish
+from moe_core.dispatchers.torch_distributed.gathering import gather, reduce_scatter
 from moe_core.dispatchers.torch_distributed.groups import make_groups
-from moe_core.dispatchers.torch_distributed.payload import Travelling, as_bytes
+from moe_core.dispatchers.torch_distributed.payload import Travelling
 from moe_core.dispatchers.torch_distributed.rows import RowsOfRanks
 from moe_core.dispatchers.torch_distributed.waiting import together
 from moe_core.errors import BindError
@@ -83,11 +83,8 @@ class AllGatherDispatcher:
         sent += self._travelling(_padded(hidden_states, rows, 0))
         output, state.output = state.output, None
         parts = [part.new_empty(self._ranks * rows, *part.shape[1:]) for part in sent]
-        works = []
         with together("gathering tokens", self._groups.ep):
-            for into, part in zip(parts, sent, strict=True) if rows else ():
-                given = as_bytes(into), as_bytes(part)
-                works.append(dist.all_gather_into_tensor(*given, group=self._groups.ep, async_op=True))
+            works = gather(parts, sent, self._groups.ep) if rows else []
         return Flying(works, parts, (tokens, rows, top_k, output))
 
     def dispatch_finish(self, handle: Flying, state: RunningState) -> StandardDispatchOutput:
@@ -123,7 +120,7 @@ class AllGatherDispatcher:
         works = []
         if handle.rows:
             with together("summing results", self._groups.ep):
-                works = [dist.reduce_scatter_tensor(mine, result.contiguous(), group=self._groups.ep, async_op=True)]
+                works = [reduce_scatter(mine, result.contiguous(), group=self._groups.ep, async_op=True)]
         return Flying(works, [mine], handle)
 
     def combine_finish(self, handle: Flying, state: RunningState) -> Tensor:

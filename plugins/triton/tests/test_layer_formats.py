@@ -182,6 +182,31 @@ def test_batched_rows_of_a_larger_buffer(lab: Any) -> None:
     lab.close(result, lab.expected(config, *layer), config)
 
 
+@pytest.mark.parametrize("scheme", ["bf16", "int8_channel", "fp8_block128"])
+def test_batches_with_room_for_many_more_rows(lab: Any, scheme: str) -> None:
+    """As few rows as are expected decide how many programs there are, and rows behind an expert's own stay unread."""
+    config = lab.config(scheme=scheme)
+    layer = lab.layer(config, tokens=40)
+    plan = lab.plan(config, layer.weights, dispatcher="testing_batched")
+    state = RunningState()
+    given = plan.dispatch(layer.hidden, layer.topk, state)
+    m = given.hidden_states.shape[1]
+
+    def roomy(rows: torch.Tensor | None) -> torch.Tensor | None:
+        if rows is None:
+            return None
+        wide = torch.full((rows.shape[0], 700, *rows.shape[2:]), float("nan"), device=lab.device).to(rows.dtype)
+        wide[:, :m] = rows
+        return wide
+
+    parts = ("hidden_states", "hidden_scale", "row_weights")
+    many = replace(given, **{name: roomy(getattr(given, name)) for name in parts})
+    for expected in (1, 30):  # far fewer than there are, and enough
+        done = plan.run(replace(many, expected_m=expected), state)
+        done.hidden_states = done.hidden_states[:, :m].contiguous()
+        lab.close(plan.combine(done, state), lab.expected(config, *layer), config)
+
+
 @pytest.mark.parametrize("experts", [1, 6])
 @pytest.mark.parametrize("dispatcher", ["testing_standard", "testing_batched", "testing_grouped"])
 def test_scales_that_lie_column_major(lab: Any, dispatcher: str, experts: int) -> None:

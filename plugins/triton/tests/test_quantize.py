@@ -52,6 +52,15 @@ def test_bits(payload: str, rows: int, width: int) -> None:
     same(quantize_rows(x, payload), x, payload)
 
 
+@pytest.mark.parametrize("payload", ["fp8_group128", "fp8_token", "int8_token"])
+def test_rows_behind_an_experts_own_are_left_out(payload: str) -> None:
+    x = matrix(24, 256)
+    ends = torch.tensor([3, 8, 16 + 1], dtype=torch.int32, device=DEVICE)  # three experts with room for eight rows
+    q, s = quantize_rows(x, payload, ends=ends, rows_per_expert=8)
+    live = [0, 1, 2, 16]
+    same((q[live], s[live]), x[live], payload)
+
+
 @pytest.mark.parametrize(("rows", "width"), [(0, 256), (3, 256), (3, 12)])
 @pytest.mark.parametrize("payload", ["fp8_group128", "fp8_token", "int8_token", "mxfp8"])
 def test_dispatchers_get_the_same_bits(payload: str, rows: int, width: int) -> None:

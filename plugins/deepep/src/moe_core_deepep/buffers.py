@@ -92,21 +92,23 @@ class Lease:
     """One plan's share of a buffer, until `close`. Garbage collection ends none: ranks collect at different times."""
 
     def __init__(self, group: Any, need: Need) -> None:
-        self._shared = _take(group, need)
+        self._shared: Shared | None = _take(group, need)
         self._forgotten = weakref.finalize(self, warnings.warn, _FORGOTTEN, ResourceWarning)
         self._forgotten.atexit = False
 
     @property
     def shared(self) -> Shared:
         """Raises ContractViolation once it is closed."""
-        if not self._forgotten.alive:
+        if self._shared is None:
             raise ContractViolation("the plan was closed, and its DeepEP buffer with it", hint="make a new plan")
         return self._shared
 
     def close(self) -> None:
         """On all ranks together. Closing twice does nothing."""
-        if self._forgotten.detach() is not None:
-            _give_back(self._shared)
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            self._forgotten.detach()
+            _give_back(shared)
 
 
 def _take(group: Any, need: Need) -> Shared:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moe_core.dispatchers.steps import taken_on
@@ -22,10 +21,11 @@ from moe_core.protocols import Binding, RunningState
 from moe_core.topk import TopKOutput
 from moe_core.vocabulary import Step
 from moe_core_deepep.buffers import Lease, Need, Receive, deep_ep, ranks_of, wire_dtype
-from moe_core_deepep.wire import given, ids_sent
+from moe_core_deepep.wire import Wire, given
 
 #: Results of dispatch that may wait for their combine at a time, of all layers that share a buffer.
 MOST_FLYING = 2
+_NOTHING: Mapping[str, Any] = {}
 #: Arguments of low_latency_combine that are the dispatcher's to give.
 _OURS = frozenset(
     {"self", "x", "topk_idx", "topk_weights", "handle", "zero_copy", "async_finish", "return_recv_hook", "out"}
@@ -81,7 +81,7 @@ class LowLatencyDispatcher:
         self._experts, self._ranks = binding.config.num_experts, binding.parallel.ep_size
         self._fp8 = terms.payload == "fp8_group128"
         self._scale = binding.config.routed_scaling_factor if Step.ROUTED_SCALING in taken_on(binding) else 1.0
-        self._wire = wire_dtype()
+        self._wire = Wire(binding, wire_dtype())
         self._takes = inspect.signature(deep_ep().Buffer.low_latency_combine).parameters
 
     def close(self) -> None:
@@ -90,13 +90,15 @@ class LowLatencyDispatcher:
 
     def dispatch(self, hidden_states: Tensor, topk_output: TopKOutput, state: RunningState) -> BatchedDispatchOutput:
         """The rows of this rank's experts: [E_local, ep_size * M, H]."""
-        return self.dispatch_finish(self._start(hidden_states, topk_output, state, wait=True), state)
+        return self._given(*self._start(hidden_states, topk_output, state, wait=True)[0])
 
     def dispatch_begin(self, hidden_states: Tensor, topk_output: TopKOutput, state: RunningState) -> Flying:
         """Send; until `dispatch_finish`, or the next call that shares the buffer, no SM is busy with it."""
-        return self._start(hidden_states, topk_output, state, wait=False)
+        return Flying(*self._start(hidden_states, topk_output, state, wait=False))
 
-    def _start(self, hidden_states: Tensor, topk_output: TopKOutput, state: RunningState, *, wait: bool) -> Flying:
+    def _start(
+        self, hidden_states: Tensor, topk_output: TopKOutput, state: RunningState, *, wait: bool
+    ) -> tuple[tuple[Any, ...], Receive | None]:
         shared, tokens = self._lease.shared, hidden_states.shape[0]
         if tokens > self._most:
             raise ContractViolation(
@@ -109,23 +111,25 @@ class LowLatencyDispatcher:
                 "would overwrite the first",
                 hint="combine one before; at most two micro-batches can be in flight, over all layers",
             )
-        ids = ids_sent(topk_output.topk_ids, self._binding, self._wire)
+        ids, weights = self._wire(topk_output)
         shared.settle()
         rows, counts, route, _, hook = shared.buffer.low_latency_dispatch(
             hidden_states.contiguous(), ids, self._most, self._experts, use_fp8=self._fp8, return_recv_hook=not wait
         )
         shared.receive = None if wait else Receive(hook)
         output, state.output = state.output, None
-        own = Handle(route, ids, topk_output.topk_weights.to(torch.float32).contiguous(), output)
+        own = Handle(route, ids, weights, output)
         shared.flying.add(own)
-        return Flying((rows, counts, own, tokens), shared.receive)
+        return (rows, counts, own, tokens), shared.receive
 
     def dispatch_finish(self, handle: Flying, state: RunningState) -> BatchedDispatchOutput:
         """Receive."""
         self._lease.shared  # noqa: B018, raises once the plan is closed: the receive would read freed memory
         if handle.receive is not None:
             handle.receive()
-        rows, counts, own, tokens = handle.result
+        return self._given(*handle.result)
+
+    def _given(self, rows: Any, counts: Tensor, own: Handle, tokens: int) -> BatchedDispatchOutput:
         data, scale = rows if self._fp8 else (rows, None)
         slots = tokens * self._ranks * self._binding.config.top_k
         return BatchedDispatchOutput(
@@ -140,13 +144,16 @@ class LowLatencyDispatcher:
 
     def combine(self, combine_input: BatchedCombineInput, state: RunningState) -> Tensor:
         """This rank's tokens: weighted and summed over their experts, [T, H]."""
-        return self.combine_finish(self._send_back(combine_input, state, wait=True), state)
+        result, _, output = self._send_back(combine_input, state, wait=True)
+        return given(result, self._scale, output)
 
     def combine_begin(self, combine_input: BatchedCombineInput, state: RunningState) -> Flying:
         """Send; until `combine_finish`, or the next call that shares the buffer, no SM is busy with it."""
-        return self._send_back(combine_input, state, wait=False)
+        return Flying(*self._send_back(combine_input, state, wait=False))
 
-    def _send_back(self, combine_input: BatchedCombineInput, state: RunningState, *, wait: bool) -> Flying:
+    def _send_back(
+        self, combine_input: BatchedCombineInput, state: RunningState, *, wait: bool
+    ) -> tuple[Tensor, Receive | None, Tensor | None]:
         shared, own = self._lease.shared, combine_input.handle
         shared.settle()
         result, _, hook = shared.buffer.low_latency_combine(
@@ -155,11 +162,11 @@ class LowLatencyDispatcher:
             own.weights,
             own.route,
             return_recv_hook=not wait,
-            **self._overlapping(state),
+            **(_NOTHING if state.overlap is None else self._overlapping(state)),
         )
         shared.receive = None if wait else Receive(hook)
         shared.flying.discard(own)
-        return Flying(result, shared.receive, own.output)
+        return result, shared.receive, own.output
 
     def combine_finish(self, handle: Flying, state: RunningState) -> Tensor:
         """Receive, and sum."""
@@ -171,8 +178,6 @@ class LowLatencyDispatcher:
     def _overlapping(self, state: RunningState) -> Mapping[str, Any]:
         """`state.overlap`: further arguments for the installed low_latency_combine (forks wait for GEMM2's tiles)."""
         more: Any = state.overlap
-        if more is None:
-            return {}
         takes = set(self._takes) - _OURS
         unknown = sorted(set(more) - takes) if isinstance(more, Mapping) else [type(more).__name__]
         if unknown:

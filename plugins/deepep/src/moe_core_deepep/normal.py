@@ -22,7 +22,7 @@ from moe_core.protocols import Binding, RunningState
 from moe_core.topk import TopKOutput
 from moe_core.vocabulary import DroppedSlot, Step
 from moe_core_deepep.buffers import NODE, Lease, Need, deep_ep, ranks_of, wire_dtype
-from moe_core_deepep.wire import given, ids_sent
+from moe_core_deepep.wire import Wire, given
 
 
 @dataclass(slots=True)
@@ -85,7 +85,7 @@ class NormalDispatcher:
         self._lease = Lease(ranks_of(binding), self._configs.need) if lease is None else lease
         self._experts, self._local = binding.config.num_experts, binding.num_local_experts
         self._ids_dtype = getattr(torch, terms.ids_dtype)
-        self._wire = wire_dtype()
+        self._wire = Wire(binding, wire_dtype())
         self._sink = terms.dropped is DroppedSlot.SINK
         self._counts = "host_counts" in terms.extras
         self.expert_mask = expert_mask(binding, sink=self._sink) if "expert_mask" in terms.extras else None
@@ -106,23 +106,23 @@ class NormalDispatcher:
 
     def _start(self, hidden_states: Tensor, topk_output: TopKOutput, state: RunningState, *, wait: bool) -> Flying:
         buffer = self._lease.shared.buffer
-        ids = ids_sent(topk_output.topk_ids, self._binding, self._wire)
+        ids, weights = self._wire(topk_output)
         sent = self._travelling(hidden_states)
         to_rank, to_node, to_expert, goes, _ = buffer.get_dispatch_layout(ids, self._experts)
-        rows, local, weights, counts, route, event = buffer.dispatch(
+        rows, local, received, counts, route, event = buffer.dispatch(
             sent[0] if len(sent) == 1 else tuple(sent),
             num_tokens_per_rank=to_rank,
             num_tokens_per_rdma_rank=to_node,
             is_token_in_rank=goes,
             num_tokens_per_expert=to_expert,
             topk_idx=ids,
-            topk_weights=topk_output.topk_weights.to(torch.float32).contiguous(),
+            topk_weights=weights,
             num_worst_tokens=self._most,
             config=self._configs.dispatch,
             async_finish=not wait,
         )
         output, state.output = state.output, None
-        return Flying((rows, local, weights, counts, Handle(route, output)), None if wait else event)
+        return Flying((rows, local, received, counts, Handle(route, output)), None if wait else event)
 
     def dispatch_finish(self, handle: Flying, state: RunningState) -> StandardDispatchOutput:
         """Let the current stream wait for it."""

@@ -100,6 +100,7 @@ def pre_batched(binding: Binding) -> Callable[..., Call]:
             starts=starts,
             ends=starts + d.masked_m.to(torch.int32),
             rows_per_expert=m,
+            usual_rows=d.expected_m,
         )
         call = layer.prepare(rows, q, s)
         call.layer, call.handle = layer, d

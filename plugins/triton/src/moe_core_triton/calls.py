@@ -19,7 +19,8 @@ class ExpertRows:
     data: [R, H]; scale: that of a quantized payload. Either ids (int [T, K], R = T, with weights float32 [T, K],
     expert_map for global ids and num_valid) or starts and ends (int32 [E]: rows of each expert, weights float32 [R]).
     rows_per_expert: the bound of a batched format. live: bool [R], rows that count, where not all between start and end
-    do. tokens: the usual number of tokens, by which configurations are chosen.
+    do. tokens: the usual number of tokens, by which configurations are chosen. usual_rows: of an expert, where the
+    format holds room for many more.
     """
 
     data: Tensor
@@ -32,7 +33,15 @@ class ExpertRows:
     starts: Tensor | None = None
     ends: Tensor | None = None
     rows_per_expert: int | None = None
+    usual_rows: int | None = None
     live: Tensor | None = None
+
+    @property
+    def batches(self) -> dict[str, Any]:
+        """Arguments of `quantize_rows` that leave out rows behind an expert's own, where the format has many."""
+        if self.rows_per_expert is None:
+            return {}
+        return {"ends": self.ends, "rows_per_expert": self.rows_per_expert}
 
 
 @dataclass(slots=True)

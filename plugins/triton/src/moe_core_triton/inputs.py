@@ -33,7 +33,7 @@ def input_rows(
     if rows.scale is not None:
         return Rows(rows.data, divisor, rows.scale, KINDS[payload]), False
     if payload != "fp8_tensor":
-        data, scale = quantize_rows(rows.data, payload)
+        data, scale = quantize_rows(rows.data, payload, **rows.batches)
         return Rows(data, divisor, scale, KINDS[payload]), False
     static = w.input_scale
     by_slot = weigh or (static is not None and not w.one_input_scale)

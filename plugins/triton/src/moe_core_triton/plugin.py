@@ -158,7 +158,8 @@ DISPATCHER = DispatcherSpec(
     options={
         "equal_tokens": "promise that all ranks bring the same number of tokens to a call (default False: without "
         "RunningState.tokens_per_rank, everybody's are padded to max_tokens; padding does not travel)",
-        "programs": "thread blocks of a communication kernel, at most 512 (default: one for each SM)",
+        "programs": "thread blocks of a communication kernel, 1 to 8192 (default: one for each row): fewer leave room "
+        "for other kernels",
         "timeout_s": "seconds that a kernel waits for another rank before it ends the process (default 60)",
     },
     support=Support(

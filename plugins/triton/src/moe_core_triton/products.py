@@ -86,8 +86,11 @@ def grouped_product(
         raise ValueError(f"the configuration {config.text} cannot read weights in words: see configs.candidates")
     tiles_n = triton.cdiv(w.n, per_part)
     grid = table.tiles * tiles_n
+    looping = config.persistent or table.sparse
     if config.persistent:
         grid = min(grid, processors(out.device))
+    elif table.sparse and table.usual is not None:
+        grid = max(processors(out.device), table.usual * tiles_n)
     x_scale, x_kind = rows.scale, rows.kind
     stride_xs = 0 if x_scale is None or x_scale.numel() == 1 else x_scale.stride(0)
     launch = dependent_launch(out)
@@ -143,8 +146,8 @@ def grouped_product(
         EVEN_K=w.k % block_k == 0,
         UNIFORM=uniform_scales(w, config.block_n) if w.weight_scale == "block" else 0,
         NATIVE=is_hopper_or_newer(out.device),
-        PERSISTENT=config.persistent,
-        TILES_POW2=triton.next_power_of_2(table.tiles) if config.persistent else 1,
+        PERSISTENT=looping,
+        TILES_POW2=triton.next_power_of_2(table.tiles) if looping else 1,
         PREFETCH=2 * processors(out.device) if early else 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

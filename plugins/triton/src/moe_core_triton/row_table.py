@@ -15,7 +15,8 @@ class RowTable:
     owns positions starts[e] to ends[e]. tile_expert, tile_start: int32 [tiles], ascending; the unused tail has expert
     -1. tiles is a host bound too. slots: int32 [positions], the slot t * K + k of a position, or None where positions
     are the rows of the input itself. local_ids: int32 [T * K], the local expert of a slot or -1 (None without slots).
-    ticket: int32 [1], zero between kernels: who computes which tile is drawn there.
+    ticket: int32 [1], zero between kernels: who computes which tile is drawn there. usual: about how many tiles will be
+    live, where that may be far fewer than the bound.
     """
 
     positions: int
@@ -27,6 +28,15 @@ class RowTable:
     ticket: Tensor
     slots: Tensor | None = None
     local_ids: Tensor | None = None
+    usual: int | None = None
+
+    @property
+    def sparse(self) -> bool:
+        """Whether most programs of a grid of `tiles` would find nothing to do: each costs its start all the same.
+
+        DeepSeek-V3, 8 tokens a rank in DeepEP's batches, EP2 on an H200: both products 810 us, and 506 without.
+        """
+        return self.usual is not None and self.tiles > 4 * self.usual
 
     @property
     def drawing(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

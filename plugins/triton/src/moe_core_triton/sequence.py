@@ -97,7 +97,10 @@ class LayerSequence:
             tiles = most_tiles(positions, self.experts, block_m)
         else:
             tiles = self.experts * -(-rows.rows_per_expert // block_m)
-        return cover(rows.starts, rows.ends, positions=positions, block_m=block_m, tiles=tiles)
+        table = cover(rows.starts, rows.ends, positions=positions, block_m=block_m, tiles=tiles)
+        if rows.usual_rows is not None:
+            table.usual = self.experts * (rows.usual_rows // block_m + 1)
+        return table
 
     def compute(self, call: Call, weights: TritonWeights, state: RunningState) -> Call:
         """GEMM1, activation and GEMM2."""
@@ -161,7 +164,7 @@ class LayerSequence:
         if self.payload is None:
             return hopper.wide(hidden) if w.pack and call.config.down.specialized else Rows(hidden)
         if self.payload != "fp8_tensor":
-            data, scale = quantize_rows(hidden, self.payload)
+            data, scale = quantize_rows(hidden, self.payload, **call.rows.batches)
             return Rows(data, 0, scale, KINDS[self.payload])
         slots = torch.arange(call.table.positions, device=hidden.device, dtype=torch.int32)
         if w.input_scale is not None:

@@ -83,17 +83,21 @@ def _tile(
     return v
 
 
-@triton.jit(do_not_specialize=["regions", "parts", "top_k"])
+@triton.jit(do_not_specialize=["regions", "parts", "top_k", "expert_rows"])
 def _quantize_regions(
-    x, slots, row_weights, q, s, regions, parts, width, stride, top_k,
+    x, slots, row_weights, ends, q, s, regions, parts, width, stride, top_k, expert_rows,
     LARGEST: tl.constexpr, REGION: tl.constexpr, BR: tl.constexpr, INT8: tl.constexpr, GATHERED: tl.constexpr,
-    WEIGHTED: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr,
+    WEIGHTED: tl.constexpr, BATCHED: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """q [R, width], s [R * parts]: BR regions, of which a row has `parts`, a program; each is REGION wide at most."""
     wait_for_inputs(PDL)
     region = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     there = region < regions
     row = region // parts
+    if BATCHED:
+        there = row < tl.load(ends + row // expert_rows, mask=there, other=0)
+        if tl.max(there.to(tl.int32), axis=0) == 0:
+            return
     column = (region % parts)[:, None] * REGION + tl.arange(0, REGION)[None, :]
     v = _tile(x, slots, row_weights, row, there, column, width, stride, top_k, GATHERED, WEIGHTED)
     scale = scale_of(tl.max(magnitude_bits(v), 1), LARGEST)
@@ -179,6 +183,8 @@ def quantize_rows(
     scale: Tensor | None = None,
     row_experts: Tensor | None = None,
     live: Tensor | None = None,
+    ends: Tensor | None = None,
+    rows_per_expert: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Quantize the rows of x, or one row a position: output row r is x[r], or x[slots[r] // top_k] with slots.
 
@@ -186,7 +192,8 @@ def quantize_rows(
     int8_token. slots: int32 [R], each in [0, rows * top_k). row_weights: floating point, contiguous; a row is
     multiplied in float32 by row_weights[slots[r]] (or [r]) first. Only for fp8_tensor: scale, static and positive,
     float32 [1], or [E] with row_experts (int32 [R], -1 for none); live, int32 [R], zero for rows that must not count
-    for the dynamic scale (they are quantized like all others).
+    for the dynamic scale (they are quantized like all others). Of the other payloads, without slots: ends, int32 [E],
+    with rows_per_expert; expert e has rows e * rows_per_expert to ends[e], and those behind are left undefined.
 
     Returns q (float8_e4m3fn, or int8 for int8_token) [R, N] and s, float32: [R, ceil(N / 128)] for fp8_group128, [R, 1]
     for the token payloads, `scale` or a new [1] for fp8_tensor. One launch; two for a dynamic fp8_tensor.
@@ -220,9 +227,9 @@ def quantize_rows(
         # 16 elements a thread; small regions share a program once all processors have one.
         together = max(1, 2048 // region) if rows * parts * region >= 2048 * many else max(1, 512 // region)
         _quantize_regions[(triton.cdiv(rows * parts, together),)](
-            *inputs, codes, s, rows * parts, parts, width, x.stride(0), top_k,
-            LARGEST=_LARGEST[payload], REGION=region, BR=together, INT8=int8, NATIVE=native,
-            num_warps=min(16, max(1, together * region // 512)), **kinds,
+            *inputs, x if ends is None else ends, codes, s, rows * parts, parts, width, x.stride(0), top_k,
+            rows_per_expert, LARGEST=_LARGEST[payload], REGION=region, BR=together, INT8=int8,
+            BATCHED=ends is not None, NATIVE=native, num_warps=min(16, max(1, together * region // 512)), **kinds,
         )  # fmt: skip
         return q, s
     columns = min(1024, triton.next_power_of_2(width))

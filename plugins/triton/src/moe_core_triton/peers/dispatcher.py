@@ -11,7 +11,6 @@ What `dispatch` gives lies in the shared memory until the next dispatch.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import triton
@@ -28,7 +27,7 @@ from moe_core.formats import StandardCombineInput, StandardDispatchOutput
 from moe_core.protocols import Binding, RunningState
 from moe_core.topk import TopKOutput
 from moe_core.vocabulary import DroppedSlot, Step
-from moe_core_triton.kernels.launching import processors
+from moe_core_triton.kernels.launching import interpreting, is_hopper_or_newer
 from moe_core_triton.peers.kernels import send_tokens, sum_results
 from moe_core_triton.peers.memory import PROGRAMS, Need, Window, shared_memory
 
@@ -49,13 +48,13 @@ class Handle:
 
 @dataclass(slots=True)
 class Sent:
-    """Between `dispatch_begin` and `dispatch_finish`: what was sent is held until then."""
+    """Between `dispatch_begin` and `dispatch_finish`: what was sent is held until then. scale: None without one, or
+    where the kernel makes it."""
 
     handle: Handle
-    columns: int
-    dtype: torch.dtype
-    scales: int
-    held: list[Tensor]
+    hidden: Tensor
+    scale: Tensor | None
+    weights: Tensor
 
 
 @dataclass(slots=True)
@@ -83,28 +82,31 @@ class SymmMemDispatcher:
         self._dropped = binding.num_local_experts if sink else -1
         self.expert_mask = expert_mask(binding, sink=sink) if "expert_mask" in terms.extras else None
         self._scale = config.routed_scaling_factor if Step.ROUTED_SCALING in taken_on(binding) else 1.0
-        self._programs = int(binding.options.get("programs", 0)) or processors(binding.device)
-        self._timeout_ns = int(1e9 * float(binding.options.get("timeout_s", TIMEOUT_S)))
-        if not 1 <= self._programs <= PROGRAMS or self._timeout_ns <= 0:
+        self._programs = int(binding.options.get("programs", PROGRAMS))
+        self._native = is_hopper_or_newer(binding.device)
+        self._timeout_s = float(binding.options.get("timeout_s", TIMEOUT_S))
+        if not 1 <= self._programs <= PROGRAMS or self._timeout_s <= 0:
             raise BindError(
-                f"programs is 1 to {PROGRAMS} and timeout_s positive, got {self._programs} and "
-                f"{binding.options.get('timeout_s', TIMEOUT_S)}"
+                f"the option programs is 1 to {PROGRAMS}, and timeout_s positive, got {self._programs} and "
+                f"{self._timeout_s}"
             )
-        self._memory = shared_memory(self._groups.ep, self._groups.members, self._need(binding), binding.device)
-
-    def _need(self, binding: Binding) -> Need:
-        one = torch.zeros(1, self._hidden, dtype=self._dtype, device=binding.device)
-        data, *scale = self._travelling(one)
+        # Triton's interpreter has no clock.
+        self._timeout_ns = 0 if interpreting() else int(1e9 * self._timeout_s)
+        # The kernel quantizes what it sends where it can; else another one does before.
+        self._quantizes = self._payload == "fp8_group128" and self._hidden % 128 == 0
+        one, *scale = self._travelling(torch.zeros(1, self._hidden, dtype=self._dtype, device=binding.device))
+        self._sent_dtype, self._scales = one.dtype, scale[0].shape[1] if scale else 0
         if binding.max_tokens is None:
             raise BindError("without max_tokens nobody knows how large the shared memory must be")
-        return Need(
+        need = Need(
             ranks=self._ranks,
             rows=binding.max_tokens,
-            hidden_bytes=self._hidden * data.dtype.itemsize,
-            scale_bytes=scale[0].shape[1] * scale[0].dtype.itemsize if scale else 0,
+            hidden_bytes=self._hidden * self._sent_dtype.itemsize,
+            scale_bytes=4 * self._scales,
             result_bytes=self._hidden * self._dtype.itemsize,
             top_k=self._top_k,
         )
+        self._memory = shared_memory(self._groups.ep, self._groups.members, need, binding.device)
 
     def dispatch(self, hidden_states: Tensor, topk_output: TopKOutput, state: RunningState) -> StandardDispatchOutput:
         """The tokens that this rank has experts for, among [ep_size * rows, H]."""
@@ -122,48 +124,49 @@ class SymmMemDispatcher:
     def _send(self, hidden_states: Tensor, topk_output: TopKOutput, state: RunningState, *, wait: bool) -> Sent:
         if failed := int(self._memory.failure[0]):
             raise CommunicationError(
-                f"EP rank {self._me} waited {self._timeout_ns / 1e9:g} s for EP rank {failed - 1}, in vain: it is "
+                f"EP rank {self._me} waited {self._timeout_s:g} s for EP rank {failed - 1}, in vain: it is "
                 "dead, late, or not in this call",
                 hint="see what the other ranks say; start the processes again",
             )
         tokens = hidden_states.shape[0]
         rows = self._rows(tokens, state)
         ids = topk_output.topk_ids.contiguous()
-        held = [*self._travelling(hidden_states), ids, topk_output.topk_weights.to(torch.float32).contiguous()]
-        scales = held[1] if len(held) == 4 else None
+        hidden, scale = hidden_states.contiguous(), None
+        if not self._quantizes:
+            hidden, *scales = self._travelling(hidden_states)
+            hidden, scale = hidden.view(torch.int32), scales[0].view(torch.int32) if scales else None
         window = self._memory.window()
         output, state.output = state.output, None
         handle = Handle(tokens, rows, ids, window, output)
         window.take(handle)
-        sent = Sent(handle, held[0].shape[1], held[0].dtype, 0 if scales is None else scales.shape[1], held)
+        sent = Sent(handle, hidden, scale, topk_output.topk_weights.to(torch.float32).contiguous())
         self._launch_send(sent, send=True, wait=wait)
         return sent
 
     def _launch_send(self, sent: Sent, *, send: bool, wait: bool) -> None:
-        handle, window, held = sent.handle, sent.handle.window, sent.held
+        handle, window = sent.handle, sent.handle.window
         if not handle.rows:
             return
-        words = sent.columns * sent.dtype.itemsize // 4
-        block = triton.next_power_of_2(words)
+        words = self._hidden * self._sent_dtype.itemsize // 4
         place = window.place
         send_tokens[(min(handle.rows, self._programs),)](
-            held[0].view(torch.int32), held[1].view(torch.int32) if sent.scales else None,
-            held[-2], held[-1], self._owner, self._index, window.bases, window.epochs[0], self._memory.failure,
-            place["sent"], place["hidden"], place["scale"], place["ids"], place["weights"],
+            sent.hidden, sent.scale, handle.ids, sent.weights, self._owner, self._index, window.bases, window.epochs[0],
+            self._memory.failure, place["sent"], place["hidden"], place["scale"], place["ids"], place["weights"],
             handle.tokens, handle.rows, self._experts, self._me,
-            R=self._ranks, K=self._top_k, KP=triton.next_power_of_2(self._top_k), ROW=words, BLOCK=block,
-            SCALES=sent.scales, SP=triton.next_power_of_2(max(1, sent.scales)), DROPPED=self._dropped, P=PROGRAMS,
-            SEND=send, WAIT=wait, TIMEOUT_NS=self._timeout_ns, num_warps=_warps(4 * block),
+            R=self._ranks, K=self._top_k, KP=triton.next_power_of_2(self._top_k), ROW=words,
+            BLOCK=triton.next_power_of_2(words), SCALES=self._scales, SP=triton.next_power_of_2(max(1, self._scales)),
+            QUANTIZE=self._quantizes, NATIVE=self._native, DROPPED=self._dropped, P=PROGRAMS, SEND=send, WAIT=wait,
+            TIMEOUT_NS=self._timeout_ns, num_warps=_warps(self._hidden * self._sent_dtype.itemsize),
         )  # fmt: skip
 
     def _given(self, sent: Sent) -> StandardDispatchOutput:
         handle, window = sent.handle, sent.handle.window
         rows = self._ranks * handle.rows
         return StandardDispatchOutput(
-            window.part("hidden", rows, sent.dtype, sent.columns),
+            window.part("hidden", rows, self._sent_dtype, self._hidden),
             window.part("ids", rows, torch.int32, self._top_k),
             window.part("weights", rows, torch.float32, self._top_k),
-            hidden_scale=window.part("scale", rows, torch.float32, sent.scales) if sent.scales else None,
+            hidden_scale=window.part("scale", rows, torch.float32, self._scales) if self._scales else None,
             expert_mask=self.expert_mask,
             handle=handle,
         )
@@ -202,15 +205,15 @@ class SymmMemDispatcher:
         handle, window = returned.handle, returned.handle.window
         if not handle.rows:
             return
-        block = triton.next_power_of_2(self._hidden)
         place = window.place
         sum_results[(min(handle.rows, self._programs),)](
             returned.result, out, handle.ids, self._owner, window.bases, window.epochs[1], self._memory.failure,
             place["returned"], place["results"], place["ids"], out.stride(0), handle.tokens, handle.rows,
             self._experts, float(self._scale), self._me,
-            R=self._ranks, K=self._top_k, KP=triton.next_power_of_2(self._top_k), H=self._hidden, BLOCK=block,
+            R=self._ranks, K=self._top_k, KP=triton.next_power_of_2(self._top_k), H=self._hidden,
+            BLOCK=triton.next_power_of_2(self._hidden),
             DROPPED=self._dropped, P=PROGRAMS, SEND=send, WAIT=wait, TIMEOUT_NS=self._timeout_ns,
-            num_warps=_warps(block * self._dtype.itemsize),
+            num_warps=_warps(self._hidden * self._dtype.itemsize),
         )  # fmt: skip
 
 
@@ -226,5 +229,5 @@ def _places(binding: Binding) -> tuple[Tensor, Tensor]:
 
 
 def _warps(row_bytes: int) -> int:
-    """64 bytes a thread: four loads of 16 under way."""
-    return max(1, min(16, row_bytes // (32 * 64)))
+    """About 32 bytes of a row a thread: two loads of 16 under way."""
+    return max(1, min(16, triton.next_power_of_2(row_bytes) // (32 * 32)))

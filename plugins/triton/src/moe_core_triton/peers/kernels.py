@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moe_core_triton.kernels.quantize import encode, magnitude_bits, scale_of
+
 
 @triton.jit
 def _await(flag, wanted, failure, code, TIMEOUT_NS: tl.constexpr):
@@ -64,33 +66,47 @@ def send_tokens(
     hidden, scale, ids, weights, owner, index, bases, epochs, failure,
     flags_at, hidden_at, scale_at, ids_at, weights_at, tokens, rows, experts, me,
     R: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, SCALES: tl.constexpr,
-    SP: tl.constexpr, DROPPED: tl.constexpr, P: tl.constexpr, SEND: tl.constexpr, WAIT: tl.constexpr,
-    TIMEOUT_NS: tl.constexpr,
+    SP: tl.constexpr, QUANTIZE: tl.constexpr, NATIVE: tl.constexpr, DROPPED: tl.constexpr, P: tl.constexpr,
+    SEND: tl.constexpr, WAIT: tl.constexpr, TIMEOUT_NS: tl.constexpr,
 ):  # fmt: skip
     """SEND: rows of this rank to whom they concern. WAIT: for those of the others.
 
-    hidden: int32 words [tokens, ROW]; scale: int32 words [tokens, SCALES]; ids [tokens, K] of any integer dtype,
-    weights float32 [tokens, K]; owner, index: int32 [experts], the rank of an expert and its number there. bases:
-    int64 [R], each rank's buffer; *_at: offsets in it, in bytes. A rank's part has `rows` rows there, `tokens` or more;
-    ids of experts elsewhere, and of rows that are no token, become DROPPED.
+    hidden: int32 words [tokens, ROW], and scale: int32 words [tokens, SCALES]; or, with QUANTIZE, hidden: floating
+    point [tokens, SCALES * 128], which becomes e4m3 with a scale for each 128 on the way, bit for bit as
+    `kernels.quantize` does it. ids [tokens, K] of any integer dtype, weights float32 [tokens, K]; owner, index: int32
+    [experts], the rank of an expert and its number there. bases: int64 [R], each rank's buffer; *_at: offsets in it, in
+    bytes. A rank's part has `rows` rows there, `tokens` or more; ids of experts elsewhere, and of rows that are no
+    token, become DROPPED.
     """
     pid, programs = tl.program_id(0), tl.num_programs(0)
     if SEND:
         k = tl.arange(0, KP)
-        word = tl.arange(0, BLOCK)
         part = tl.arange(0, SP)
-        for t in range(pid, rows, programs):
+        if QUANTIZE:
+            word = part[:, None] * 128 + tl.arange(0, 128)[None, :]
+            inside = (part < SCALES)[:, None]
+        else:
+            word = tl.arange(0, BLOCK)
+            inside = word < ROW
+        for t in tl.range(pid, rows, programs):
+            token = tl.full((), 0, tl.int64) + t
             there = t < tokens
-            slot = t.to(tl.int64) * K + k
+            slot = token * K + k
             e = tl.load(ids + slot, mask=there & (k < K), other=-1).to(tl.int32)
             live = (e >= 0) & (e < experts)
             rank = tl.load(owner + e, mask=live, other=-1)
             number = tl.load(index + e, mask=live, other=0)
             weight = tl.load(weights + slot, mask=live, other=0.0)
-            row = tl.load(hidden + t.to(tl.int64) * ROW + word, mask=there & (word < ROW), other=0)
-            if SCALES > 0:
-                factors = tl.load(scale + t.to(tl.int64) * SCALES + part, mask=there & (part < SCALES), other=0)
-            at = (me * rows + t).to(tl.int64)
+            if QUANTIZE:
+                value = tl.load(hidden + token * (SCALES * 128) + word, mask=there & inside, other=0.0)
+                value = value.to(tl.float32)
+                factors = scale_of(tl.max(magnitude_bits(value), 1), 448.0)
+                row = encode(value, tl.broadcast_to(factors[:, None], value.shape), False, NATIVE)
+            else:
+                row = tl.load(hidden + token * ROW + word, mask=there & inside, other=0)
+                if SCALES > 0:
+                    factors = tl.load(scale + token * SCALES + part, mask=there & (part < SCALES), other=0)
+            at = me * rows + token
             for j in tl.static_range(R):
                 peer = (me + j) % R
                 base = tl.load(bases + peer)
@@ -100,10 +116,10 @@ def send_tokens(
                 to_weights = (base + weights_at).to(tl.pointer_type(tl.float32)) + at * K + k
                 tl.store(to_weights, tl.where(mine, weight, 0.0), mask=k < K)
                 needed = tl.max(mine.to(tl.int32), axis=0) > 0
-                to_row = (base + hidden_at + at * (ROW * 4)).to(tl.pointer_type(tl.int32))
-                tl.store(tl.multiple_of(to_row, 16) + word, row, mask=needed & (word < ROW))
+                to_row = (base + hidden_at + at * (ROW * 4)).to(tl.pointer_type(row.dtype))
+                tl.store(tl.multiple_of(to_row, 16) + word, row, mask=needed & inside)
                 if SCALES > 0:
-                    to_scale = (base + scale_at).to(tl.pointer_type(tl.int32)) + at * SCALES + part
+                    to_scale = (base + scale_at).to(tl.pointer_type(factors.dtype)) + at * SCALES + part
                     tl.store(to_scale, factors, mask=needed & (part < SCALES))
         _signal(bases, flags_at, me, R, P)
     if WAIT:
@@ -129,11 +145,12 @@ def sum_results(
     own = tl.load(bases + me)
     if SEND:
         got = (own + ids_at).to(tl.pointer_type(tl.int32))
-        for t in range(pid, rows, programs):
-            to = (me * rows + t).to(tl.int64)
+        for t in tl.range(pid, rows, programs):
+            token = tl.full((), 0, tl.int64) + t
+            to = me * rows + token
             for j in tl.static_range(1, R):
                 peer = (me + j) % R
-                row = (peer * rows + t).to(tl.int64)
+                row = peer * rows + token
                 number = tl.load(got + row * K + k, mask=k < K, other=DROPPED)
                 needed = tl.max((number != DROPPED).to(tl.int32), axis=0) > 0
                 value = tl.load(result + row * H + h, mask=needed & (h < H), other=0.0)
@@ -144,15 +161,16 @@ def sum_results(
     if WAIT:
         _await_all(bases, flags_at, epochs, failure, me, R, P, TIMEOUT_NS)
         come = tl.multiple_of((own + results_at).to(result.dtype), 16)
-        for t in range(pid, tokens, programs):
-            e = tl.load(ids + t.to(tl.int64) * K + k, mask=k < K, other=-1).to(tl.int32)
+        for t in tl.range(pid, tokens, programs):
+            token = tl.full((), 0, tl.int64) + t
+            e = tl.load(ids + token * K + k, mask=k < K, other=-1).to(tl.int32)
             live = (e >= 0) & (e < experts)
             rank = tl.load(owner + e, mask=live, other=-1)
             total = tl.zeros((BLOCK,), tl.float32)
             for source in tl.static_range(R):
                 needed = tl.max((rank == source).to(tl.int32), axis=0) > 0
                 here = source == me
-                row = (source * rows + t).to(tl.int64) * H + h
+                row = (source * rows + token) * H + h
                 total += tl.load(come + row, mask=needed & (here == 0) & (h < H), other=0.0).to(tl.float32)
                 total += tl.load(result + row, mask=needed & here & (h < H), other=0.0).to(tl.float32)
-            tl.store(out + t.to(tl.int64) * out_stride + h, (total * factor).to(out.dtype.element_ty), mask=h < H)
+            tl.store(out + token * out_stride + h, (total * factor).to(out.dtype.element_ty), mask=h < H)

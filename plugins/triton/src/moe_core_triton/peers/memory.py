@@ -1,4 +1,4 @@
-"""Memory that the other GPUs of the host write to: one allocation for all layers with equal needs, two windows in it."""
+"""Memory that the host's other GPUs write to: one allocation for all layers with equal needs, two windows in it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe_core.errors import BindError, ContractViolation
 #: Results of dispatch that may wait for their combine at a time, of all layers that share the memory.
 WINDOWS: Final = 2
 #: Programs of a launch at most: each has flags of its own.
-PROGRAMS: Final = 512
+PROGRAMS: Final = 8192
 _ALIGN: Final = 256
 
 
@@ -74,14 +74,15 @@ class Window:
     def take(self, user: Any) -> None:
         """By a handle, until `give_back` or until nobody holds it any more."""
         self._user = weakref.ref(user)
-        stream = torch.cuda.current_stream(self.local.device)
-        if self._last is not None and self._last[0] != stream and not torch.cuda.is_current_stream_capturing():
-            stream.wait_event(self._last[1])
+        if self._last is not None and not torch.cuda.is_current_stream_capturing():
+            stream, done = self._last
+            if stream != torch.cuda.current_stream(self.local.device):
+                torch.cuda.current_stream(self.local.device).wait_event(done)
 
     def give_back(self) -> None:
         """The combine was launched on the current stream."""
         self._user = None
-        if not torch.cuda.is_current_stream_capturing():
+        if self.local.is_cuda and not torch.cuda.is_current_stream_capturing():
             stream = torch.cuda.current_stream(self.local.device)
             self._last = stream, stream.record_event()
 
