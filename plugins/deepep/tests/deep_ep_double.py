@@ -212,6 +212,8 @@ class Buffer:
             raise DoubleError("dispatch needs topk_idx and topk_weights (not implemented: without) and their layout")
         experts, local = len(num_tokens_per_expert), len(num_tokens_per_expert) // ranks
         _tensor("topk_weights", topk_weights, _F32, tuple(topk_idx.shape))
+        if (topk_idx.data_ptr() == 0) != (topk_weights.data_ptr() == 0):  # an assertion of its kernel, seen on an H200
+            raise DoubleError("topk_idx and topk_weights have an address both, or neither: empty tensors may differ")
         told = num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank
         per_rank, _, per_expert, in_rank, _ = made = self.get_dispatch_layout(topk_idx, experts, async_finish=True)
         for given, true in zip(told, made[:4], strict=True):
