@@ -354,7 +354,7 @@ def test_aiter(changes: dict[str, Any], expected: set[str]) -> None:
 
 
 def test_all_of_triton_is_written() -> None:
-    assert {spec.name for spec in components("triton")} == {"triton", "triton_interpreter"}
+    assert {spec.name for spec in components("triton")} == {"triton", "triton_interpreter", "symm_mem"}
     assert [spec for spec in specs("triton") if not written("triton", spec)] == []
 
 

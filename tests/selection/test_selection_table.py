@@ -122,13 +122,8 @@ def kind(runner: str) -> str:
 
 def expected_all_to_all(hardware: str, scheme: str) -> str:
     runner = best_runner(hardware, scheme)
-    if hardware in ("mi300x", "mi355x"):
-        return f"mori+{runner}/{kind(runner)}"
-    if hardware in ("cpu", "a100") or runner == "flashinfer_trtllm":
-        # No vendor's all-to-all there; and TensorRT-LLM's kernels take global ids, which DeepEP does not send.
-        return f"allgather+{runner}/{kind(runner)}"
-    # DeepEP by phase: token-major rows in prefill, where Triton has a fused func, expert-major ones in decode.
-    return f"deepep+{runner}/{'mixed' if runner == 'triton' else 'split'}"
+    carrier = "mori" if hardware in ("mi300x", "mi355x") else "allgather" if hardware == "cpu" else "symm_mem"
+    return f"{carrier}+{runner}/{kind(runner)}"
 
 
 def test_every_profile_and_scheme_is_in_the_table() -> None:
@@ -194,7 +189,8 @@ def test_what_is_only_announced_is_not_chosen(hardware: str) -> None:
         ("h200", "bf16", 8, ("triton",), "standard+triton/fused"),
         ("h200", "bf16", 8, ("deepep",), "deepep+reference/split"),
         ("h200", "bf16", 8, ("deepep", "flashinfer_trtllm"), "standard+flashinfer_cutlass/fused"),
-        ("h200", "bf16", 8, ("triton",), "allgather+triton/fused"),
+        ("h200", "bf16", 8, ("triton",), "symm_mem+triton/fused"),
+        ("h200", "bf16", 16, ("triton",), "allgather+triton/fused"),
         # Its kernels take global ids, which DeepEP does not send.
         ("h200", "bf16", 8, ("deepep", "flashinfer_trtllm"), "allgather+flashinfer_cutlass/fused"),
         ("b200", "bf16", 1, ("triton",), "standard+triton/fused"),
@@ -236,18 +232,24 @@ def test_what_is_installed_decides_among_what_fits(
         ("cpu", 1, {"no_combine": True, "bias": True}, "standard+cpu/fused"),
         # LoRA hooks are inside the runner, where a fused func cannot call them.
         ("h200", 1, {"hooks": ("after_gate_up",)}, "standard+triton/split"),
-        # Graphs in every phase exclude kernels whose host waits for counts.
-        ("h200", 8, {"graph_capture": tuple(Phase)}, "deepep_ll+triton/split"),
-        ("h200", 8, {"graph_capture": (Phase.DECODE,)}, "deepep+triton/mixed"),
-        ("h200", 8, {"phases": (Phase.PREFILL,)}, "deepep+triton/fused"),
-        ("h200", 8, {"phases": (Phase.DECODE,)}, "deepep+triton/split"),
-        # The low-latency kernels are compiled for some hidden sizes and sized by tokens.
-        ("h200", 8, {"hidden_size": 2304}, "deepep_normal+triton/fused"),
-        ("h200", 8, {"max_tokens": 4096}, "deepep_normal+triton/fused"),
-        ("h200", 8, {"max_tokens": 4096, "options": {"deepep": {"decode_max_tokens": 64}}}, "deepep+triton/mixed"),
+        # One host: whatever the phases, and with graphs in all of them.
+        ("h200", 8, {"graph_capture": tuple(Phase)}, "symm_mem+triton/fused"),
+        ("h200", 8, {"max_tokens": 4096, "hidden_size": 2304}, "symm_mem+triton/fused"),
+        # Its memory is sized by tokens.
         ("h200", 8, {"max_tokens": None}, "deepep_normal+triton/fused"),
+        # Two hosts. DeepEP by phase: token-major in prefill, where Triton has a fused func, expert-major in decode.
+        ("h200", 16, {}, "deepep+triton/mixed"),
+        # Graphs in every phase exclude kernels whose host waits for counts.
+        ("h200", 16, {"graph_capture": tuple(Phase)}, "deepep_ll+triton/split"),
+        ("h200", 16, {"graph_capture": (Phase.DECODE,)}, "deepep+triton/mixed"),
+        ("h200", 16, {"phases": (Phase.PREFILL,)}, "deepep+triton/fused"),
+        ("h200", 16, {"phases": (Phase.DECODE,)}, "deepep+triton/split"),
+        # The low-latency kernels are compiled for some hidden sizes and sized by tokens.
+        ("h200", 16, {"hidden_size": 2304}, "deepep_normal+triton/fused"),
+        ("h200", 16, {"max_tokens": 4096}, "deepep_normal+triton/fused"),
+        ("h200", 16, {"max_tokens": 4096, "options": {"deepep": {"decode_max_tokens": 64}}}, "deepep+triton/mixed"),
         ("h200", 8, {"num_experts": 65}, "standard+triton/fused"),  # no all-to-all of ours spreads them unevenly
-        ("h200", 6, {"num_experts": 66}, "deepep_ll+triton/split"),
+        ("h200", 40, {"num_experts": 80}, "deepep_ll+triton/split"),
     ],
 )
 def test_what_the_layer_needs_moves_the_choice(hardware: str, ep: int, changes: dict[str, Any], expected: str) -> None:

@@ -64,6 +64,7 @@ def ranks_of(
 ) -> list[peers.SymmMemDispatcher]:
     """A dispatcher for each rank, in memory of its own."""
     placement, dropped = more.pop("placement", "linear"), more.pop("dropped", DroppedSlot.NEGATIVE)
+    id_space, extras = more.pop("id_space", IdSpace.LOCAL), more.pop("extras", ())
     monkeypatch.setattr(peers, "shared_memory", Host())
     layer = make_layer(config, 1, tokens=1)
     found = []
@@ -72,8 +73,7 @@ def ranks_of(
         parallel = ParallelConfig(ep_size=ranks, ep_rank=rank, placement=placement, reduce="caller")
         plan = moe_core.plan(config, layer.weights.shard(config, parallel), parallel, runner="reference")
         terms = Terms(
-            id_space=IdSpace.LOCAL, dropped=dropped, payload=payload, ids_dtype="int32",
-            extras=frozenset({"expert_mask"}) if dropped is DroppedSlot.SINK else frozenset(),
+            id_space=id_space, dropped=dropped, payload=payload, ids_dtype="int32", extras=frozenset(extras),
             steps={Step.ROUTED_SCALING: Owner.DISPATCHER},
         )  # fmt: skip
         found.append(
@@ -175,7 +175,7 @@ def test_a_row_travels_only_to_the_ranks_that_need_it(monkeypatch: pytest.Monkey
 
 def test_the_sink(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of()
-    here = ranks_of(config, 2, monkeypatch, dropped=DroppedSlot.SINK)
+    here = ranks_of(config, 2, monkeypatch, dropped=DroppedSlot.SINK, extras=["expert_mask"])
     state = RunningState()
     sent = [d.dispatch_begin(*one, state) for d, one in zip(here, tokens_of(config, [3, 2]), strict=True)]
     for d, one in zip(here, sent, strict=True):
@@ -183,6 +183,21 @@ def test_the_sink(monkeypatch: pytest.MonkeyPatch) -> None:
         assert int(given.topk_ids.min()) >= 0
         assert int(given.topk_ids.max()) <= 5
         assert given.expert_mask.tolist() == [1] * 5 + [0]
+
+
+@pytest.mark.parametrize("dropped", [DroppedSlot.NEGATIVE, DroppedSlot.SINK])
+def test_global_ids(dropped: DroppedSlot, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, state = config_of(top_k=2), RunningState()
+    here = ranks_of(
+        config, 2, monkeypatch, dropped=dropped, id_space=IdSpace.GLOBAL, extras=["expert_map"], equal_tokens=True
+    )
+    topk = TopKOutput(torch.tensor([[7, 2], [-1, 5]], dtype=torch.int32), torch.ones(2, 2))
+    sent = [d.dispatch_begin(torch.ones(2, 256), topk, state) for d in here]
+    given = [d.dispatch_finish(one, state) for d, one in zip(here, sent, strict=True)]
+    none = 10 if dropped is DroppedSlot.SINK else -1
+    assert given[0].topk_ids.tolist() == [[none, 2], [none, none]] * 2
+    assert given[1].topk_ids.tolist() == [[7, none], [none, 5]] * 2
+    assert given[1].expert_map.tolist() == [-1] * 5 + [0, 1, 2, 3, 4]
 
 
 def test_the_callers_output(monkeypatch: pytest.MonkeyPatch) -> None:

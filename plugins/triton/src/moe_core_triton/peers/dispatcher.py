@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moe_core.dispatchers.standard import expert_mask
+from moe_core.dispatchers.standard import expert_map, expert_mask
 from moe_core.dispatchers.steps import taken_on
 from moe_core.dispatchers.torch_distributed.finish import finish
 from moe_core.dispatchers.torch_distributed.groups import make_groups
@@ -26,7 +26,7 @@ from moe_core.errors import BindError, CommunicationError
 from moe_core.formats import StandardCombineInput, StandardDispatchOutput
 from moe_core.protocols import Binding, RunningState
 from moe_core.topk import TopKOutput
-from moe_core.vocabulary import DroppedSlot, Step
+from moe_core.vocabulary import DroppedSlot, IdSpace, Step
 from moe_core_triton.kernels.launching import interpreting, is_hopper_or_newer
 from moe_core_triton.peers.kernels import send_tokens, sum_results
 from moe_core_triton.peers.memory import PROGRAMS, Need, Window, shared_memory
@@ -78,8 +78,13 @@ class SymmMemDispatcher:
         self._me, self._ranks, self._experts = parallel.ep_rank, parallel.ep_size, config.num_experts
         self._hidden, self._dtype, self._top_k = config.hidden_size, binding.dtype, config.top_k
         self._owner, self._index = _places(binding)
+        count = binding.num_local_experts
+        if terms.id_space is IdSpace.GLOBAL:  # ids of experts elsewhere are dropped all the same
+            count = self._experts
+            self._index = torch.arange(count, dtype=torch.int32, device=binding.device)
         sink = terms.dropped is DroppedSlot.SINK
-        self._dropped = binding.num_local_experts if sink else -1
+        self._dropped = count if sink else -1
+        self.expert_map = expert_map(binding) if "expert_map" in terms.extras else None
         self.expert_mask = expert_mask(binding, sink=sink) if "expert_mask" in terms.extras else None
         self._scale = config.routed_scaling_factor if Step.ROUTED_SCALING in taken_on(binding) else 1.0
         self._programs = int(binding.options.get("programs", PROGRAMS))
@@ -167,6 +172,7 @@ class SymmMemDispatcher:
             window.part("ids", rows, torch.int32, self._top_k),
             window.part("weights", rows, torch.float32, self._top_k),
             hidden_scale=window.part("scale", rows, torch.float32, self._scales) if self._scales else None,
+            expert_map=self.expert_map,
             expert_mask=self.expert_mask,
             handle=handle,
         )
