@@ -38,7 +38,7 @@ class Meeting:
         if self.format not in (STANDARD, BATCHED, GROUPED):
             raise CheckSkipped(f"the kit has no probe for the format {self.format!r}")
         if self.offers.always & {Step.EP_REDUCE, Step.TP_REDUCE}:
-            raise CheckSkipped("it reduces over ranks: that needs several processes")
+            raise CheckSkipped("it sums over ranks, which one process has not: see dispatcher.ranks")
 
     @property
     def offers(self) -> Offers:

@@ -179,3 +179,46 @@ def test_light_plugin_passes(write: Any) -> None:
     registry = write("plugin_of_nothing", "json", "pass")
     outcomes = {r.id: r.outcome for r in run_checks("Heavy", registry=registry, select="hygiene")}
     assert outcomes["hygiene.light_import"] == outcomes["hygiene.light_explain"] == "passed"
+
+
+FORGETS = """
+from dataclasses import replace
+from moe_core import hookimpl
+from moe_core._builtin import ALLGATHER_DISPATCHER
+from moe_core.dispatchers.torch_distributed.allgather import AllGatherDispatcher
+from moe_core.specs import PluginInfo
+
+
+class Deaf(AllGatherDispatcher):
+    "Gives back what this rank's experts say, and hears no other."
+
+    def combine(self, combine_input, state):
+        own = combine_input.handle
+        rows = combine_input.hidden_states.unflatten(0, (-1, max(own.rows, 1)))
+        return rows[self._groups.members[0]][: own.tokens].clone()
+
+
+class Plugin:
+    @hookimpl
+    def moe_core_plugin_info(self):
+        return PluginInfo(name="deaf", summary="hears nobody")
+
+    @hookimpl
+    def moe_core_dispatchers(self):
+        return (replace(ALLGATHER_DISPATCHER, name="deaf", factory="kit_deaf:Deaf", split_phases=False),)
+
+
+plugin = Plugin()
+"""
+
+
+def test_a_dispatcher_that_hears_no_other_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes of its own, which import the plugin from where it is."""
+    (tmp_path / "kit_deaf.py").write_text(FORGETS)
+    monkeypatch.syspath_prepend(tmp_path)
+    plugin = importlib.import_module("kit_deaf").plugin
+    (result,) = run_checks(
+        "deaf", registry=Registry(plugins=[plugin], autoload=False), select="dispatcher.ranks[prefill]"
+    )
+    assert result.outcome == "failed"
+    assert "of the largest value off" in result.detail

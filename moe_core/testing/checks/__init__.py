@@ -24,6 +24,7 @@ MODULES: Final = (
     "dispatch",
     "dispatch_terms",
     "dispatch_state",
+    "ranks",
 )
 
 for _name in MODULES:

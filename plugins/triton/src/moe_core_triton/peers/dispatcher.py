@@ -27,12 +27,14 @@ from moe_core.formats import StandardCombineInput, StandardDispatchOutput
 from moe_core.protocols import Binding, RunningState
 from moe_core.topk import TopKOutput
 from moe_core.vocabulary import DroppedSlot, IdSpace, Step
-from moe_core_triton.kernels.launching import interpreting, is_hopper_or_newer
+from moe_core_triton.kernels.launching import interpreting, is_hopper_or_newer, processors
 from moe_core_triton.peers.kernels import send_tokens, sum_results
 from moe_core_triton.peers.memory import PROGRAMS, Need, Window, shared_memory
 
 #: Seconds that a kernel waits for another rank, unless the option says otherwise.
 TIMEOUT_S = 60
+#: Programs that send, of a processor.
+SENDERS = 2
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -88,6 +90,8 @@ class SymmMemDispatcher:
         self.expert_mask = expert_mask(binding, sink=sink) if "expert_mask" in terms.extras else None
         self._scale = config.routed_scaling_factor if Step.ROUTED_SCALING in taken_on(binding) else 1.0
         self._programs = int(binding.options.get("programs", PROGRAMS))
+        # Sending is bound by the link; the sum waits and reads memory, which the programs of other rows hide.
+        self._senders = min(self._programs, SENDERS * processors(binding.device))
         self._native = is_hopper_or_newer(binding.device)
         self._timeout_s = float(binding.options.get("timeout_s", TIMEOUT_S))
         if not 1 <= self._programs <= PROGRAMS or self._timeout_s <= 0:
@@ -154,7 +158,7 @@ class SymmMemDispatcher:
             return
         words = self._hidden * self._sent_dtype.itemsize // 4
         place = window.place
-        send_tokens[(min(handle.rows, self._programs),)](
+        send_tokens[(min(handle.rows, self._senders),)](
             sent.hidden, sent.scale, handle.ids, sent.weights, self._owner, self._index, window.bases, window.epochs[0],
             self._memory.failure, place["sent"], place["hidden"], place["scale"], place["ids"], place["weights"],
             handle.tokens, handle.rows, self._experts, self._me,
