@@ -97,7 +97,7 @@ ALLGATHER_DISPATCHER: Final = DispatcherSpec(
         ep_sizes=(2, None),
     ),
     split_phases=True,
-    maturity=_RAN_HERE,
+    maturity=_RAN_ON_GPU,
     options={
         "equal_tokens": "promise that all ranks bring the same number of tokens to a call (default False: without "
         "RunningState.tokens_per_rank, everybody's are padded to max_tokens)"
@@ -120,7 +120,7 @@ ALLTOALL_DISPATCHER: Final = DispatcherSpec(
     support=replace(_ALLTOALL_SUPPORT, features=frozenset({"no_combine"})),
     priority=90,
     split_phases=True,
-    maturity=_RAN_HERE,
+    maturity=_RAN_ON_GPU,
 )
 
 ALLTOALL_GROUPED_DISPATCHER: Final = DispatcherSpec(
@@ -141,7 +141,7 @@ ALLTOALL_GROUPED_DISPATCHER: Final = DispatcherSpec(
     support=_ALLTOALL_SUPPORT,
     priority=85,
     split_phases=True,
-    maturity=_RAN_HERE,
+    maturity=_RAN_ON_GPU,
 )
 
 REFERENCE_RUNNER: Final = RunnerSpec(

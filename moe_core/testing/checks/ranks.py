@@ -1,4 +1,4 @@
-"""Dispatchers between ranks, in real processes: over NCCL where this machine has two GPUs for them, over gloo on a CPU."""
+"""Dispatchers between ranks, in real processes: over NCCL where this machine has two GPUs, over gloo on a CPU."""
 
 from __future__ import annotations
 

@@ -14,8 +14,9 @@ from moe_core.specs import DispatcherSpec, Offers, PluginInfo
 from moe_core.vocabulary import BATCHED, GROUPED, STANDARD, DroppedSlot, IdSpace, Maturity, Phase, Step
 
 _ARCHS = ("sm_90..sm_103",)
-# Evidence: tests/test_layers.py.
+# Evidence: tests/test_layers.py, and on two H200s tests/distributed/test_gpu_ranks.py (docs/maturity.md).
 _SEEN = {"sm_90": Maturity.CONTRACT, "sm_100": Maturity.CONTRACT}
+_RAN = {"sm_90": Maturity.EXECUTED, "sm_100": Maturity.CONTRACT}
 _HINT = "build it from source against the installed torch: github.com/deepseek-ai/DeepEP (not PyPI's 'deep-ep')"
 _DEEP_EP = Requires(module="deep_ep", hint=_HINT)
 _ELASTIC = Requires(module="deep_ep", submodule="buffers.elastic", hint=f"a DeepEP with ElasticBuffer (V2): {_HINT}")
@@ -97,7 +98,7 @@ NORMAL = DispatcherSpec(
     offers={STANDARD: _COUNTED_OFFER},
     priority=140,
     split_phases=True,
-    maturity=_SEEN,
+    maturity=_RAN,
     why_not="moe_core_deepep.rules:normal",
     options={"num_sms": _NUM_SMS},
     support=Support(
@@ -122,7 +123,7 @@ STATIC = DispatcherSpec(
     offers={STANDARD: _NORMAL_OFFER},
     priority=120,
     split_phases=True,
-    maturity=_SEEN,
+    maturity=_RAN,
     why_not="moe_core_deepep.rules:normal",
     options={"num_sms": _NUM_SMS},
     support=Support(
@@ -148,7 +149,7 @@ LOW_LATENCY = DispatcherSpec(
     offers={BATCHED: _LL_OFFER},
     priority=145,
     split_phases=True,
-    maturity=_SEEN,
+    maturity=_RAN,
     why_not="moe_core_deepep.rules:low_latency",
     support=Support(
         devices={"cuda": _ARCHS},

@@ -35,6 +35,8 @@ from moe_core_triton.peers.memory import PROGRAMS, Need, Window, shared_memory
 TIMEOUT_S = 60
 #: Programs that send, of a processor.
 SENDERS = 2
+#: Of a rank, up to which the time is latency.
+FEW_ROWS = 512
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -165,7 +167,7 @@ class SymmMemDispatcher:
             R=self._ranks, K=self._top_k, KP=triton.next_power_of_2(self._top_k), ROW=words,
             BLOCK=triton.next_power_of_2(words), SCALES=self._scales, SP=triton.next_power_of_2(max(1, self._scales)),
             QUANTIZE=self._quantizes, NATIVE=self._native, DROPPED=self._dropped, P=PROGRAMS, SEND=send, WAIT=wait,
-            TIMEOUT_NS=self._timeout_ns, num_warps=_warps(self._hidden * self._sent_dtype.itemsize),
+            TIMEOUT_NS=self._timeout_ns, num_warps=_warps(self._hidden * self._sent_dtype.itemsize, handle.rows),
         )  # fmt: skip
 
     def _given(self, sent: Sent) -> StandardDispatchOutput:
@@ -223,7 +225,7 @@ class SymmMemDispatcher:
             R=self._ranks, K=self._top_k, KP=triton.next_power_of_2(self._top_k), H=self._hidden,
             BLOCK=triton.next_power_of_2(self._hidden),
             DROPPED=self._dropped, P=PROGRAMS, SEND=send, WAIT=wait, TIMEOUT_NS=self._timeout_ns,
-            num_warps=_warps(self._hidden * self._dtype.itemsize),
+            num_warps=_warps(self._hidden * self._dtype.itemsize, handle.rows),
         )  # fmt: skip
 
 
@@ -238,6 +240,7 @@ def _places(binding: Binding) -> tuple[Tensor, Tensor]:
     return owner.to(binding.device), index.to(binding.device)
 
 
-def _warps(row_bytes: int) -> int:
-    """About 32 bytes of a row a thread: two loads of 16 under way."""
-    return max(1, min(16, triton.next_power_of_2(row_bytes) // (32 * 32)))
+def _warps(row_bytes: int, rows: int) -> int:
+    """Few rows: 32 bytes of one a thread, for its latency. Many: 64, and more of them at a time."""
+    thread = 32 if rows <= FEW_ROWS else 64
+    return max(1, min(16, triton.next_power_of_2(row_bytes) // (32 * thread)))
