@@ -121,7 +121,7 @@ def _forward(
         result = bound(layer.hidden.clone(), layer.topk).cpu()
         if result.shape == expected.shape:
             error = relative_error(result, expected)
-        assert_close(result, expected, config.dtype, config.scheme)
+        assert_close(result, expected, config.dtype, config.scheme, arch=hardware.arch)
     except Exception as problem:  # a backend may raise anything; here that is an answer
         wrong = isinstance(problem, AssertionError)
         detail = str(problem) if wrong else f"it raised {type(problem).__name__}: {problem}"
@@ -130,7 +130,7 @@ def _forward(
         config.dtype if config.scheme == "bf16" else config.scheme,
         not detail,
         error,
-        tolerance(config.dtype, config.scheme),
+        tolerance(config.dtype, config.scheme, arch=hardware.arch),
         time.perf_counter() - start,
         force(candidate),
         detail,

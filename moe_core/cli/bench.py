@@ -139,7 +139,7 @@ def _bind_and_check(
             bound = plan(config, weights, request.parallel, **asked, **choices(candidate))
             result = bound(*few)
             row.error = relative_error(result, oracle)
-            assert_close(result, oracle, config.dtype, config.scheme)
+            assert_close(result, oracle, config.dtype, config.scheme, arch=request.hardware.arch)
         except Exception as problem:  # a backend may raise anything; here that is an answer
             wrong = isinstance(problem, AssertionError)
             row.ok, row.detail = False, str(problem) if wrong else f"it raised {type(problem).__name__}: {problem}"

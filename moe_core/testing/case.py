@@ -212,4 +212,5 @@ class Setup:
         """Compare within the tolerance in force. Raises AssertionError."""
         tightened = self.case.stage.profile.tolerances
         name = f"{what} of lane {self.lane.label} ({self.config.dtype}, {self.config.scheme})"
-        assert_close(actual, expected, self.config.dtype, self.config.scheme, what=name, tightened=tightened)
+        config, arch = self.config, self.case.site.hardware.arch
+        assert_close(actual, expected, config.dtype, config.scheme, what=name, tightened=tightened, arch=arch)

@@ -46,9 +46,10 @@ def candidates(
         described = schemes[scheme]
         if want.group_size is not None and want.group_size not in described.group_sizes:
             continue
+        group = _group(support, want, described)
         for dtype in [want.dtype] if want.dtype else [d for d in _DTYPES if d in support.dtypes]:
             for activation in activations(support, want):
-                for hidden, inner in sizes(support, described, want.group_size, parallel):
+                for hidden, inner in sizes(support, described, group, parallel):
                     yield MoeConfig(
                         num_experts=want.num_experts or min(8, support.max_experts or 8),
                         top_k=want.top_k or min(2, support.max_top_k or 2),
@@ -56,13 +57,21 @@ def candidates(
                         intermediate_size=inner,
                         dtype=dtype,
                         scheme=scheme,
-                        group_size=want.group_size,
+                        group_size=group,
                         activation=activation,
                         bias=want.bias,
                         router_weight_on_input=want.router_weight_on_input,
                         no_combine=want.no_combine,
                         routed_scaling_factor=want.routed_scaling_factor,
                     )
+
+
+def _group(support: Support, want: Search, scheme: QuantScheme) -> int | None:
+    """The K group: as wanted, else the scheme's default, else the first one that is declared."""
+    known = scheme.group_sizes
+    if want.group_size is not None or not known or known[0] in support.group_sizes:
+        return want.group_size
+    return next((size for size in known if size in support.group_sizes), None)
 
 
 def activations(support: Support, want: Search) -> Iterator[Activation]:

@@ -30,10 +30,15 @@ _SCHEMES: Final = {
     "fp8_block128": 4e-2,
     "fp8_channel": 4e-2,
     "mxfp8": 4e-2,
-    "fp8_tensor": 6e-2,
+    "fp8_tensor": 7e-2,
     "mxfp4": 1e-1,
     "nvfp4": 1e-1,
 }
+#: Where the hardware's fp8 is e4m3fnuz, largest value 240, a row is rounded on another grid than the formula's, which
+#: ends at 448: tokens and intermediate rows differ by two roundings each (0.071 measured). fp8_tensor allows nearly as
+#: much everywhere: a scale a row instead of one for all is another grid too.
+_FNUZ_ARCHS: Final = ("gfx940", "gfx941", "gfx942")
+_FNUZ: Final = 8e-2
 #: The ceiling of schemes that only a plugin describes.
 UNKNOWN_SCHEME: Final = 1e-1
 
@@ -45,16 +50,19 @@ CEILINGS: Final[Mapping[tuple[str, str], float]] = MappingProxyType(
 PEAK: Final = 10.0
 
 
-def ceiling(dtype: str, scheme: str) -> float:
-    """The kit's tolerance for a dtype and scheme."""
+def ceiling(dtype: str, scheme: str, arch: str = "") -> float:
+    """The kit's tolerance for a dtype and scheme, on an architecture."""
     if dtype not in _DTYPES:
         raise ConfigError(f"no tolerance for dtype {dtype!r}", hint=f"known: {', '.join(_DTYPES)}")
-    return CEILINGS.get((dtype, scheme), UNKNOWN_SCHEME)
+    found = CEILINGS.get((dtype, scheme), UNKNOWN_SCHEME)
+    return max(found, _FNUZ) if scheme.startswith("fp8_") and arch in _FNUZ_ARCHS else found
 
 
-def tolerance(dtype: str, scheme: str, tightened: Mapping[tuple[str, str], float] | None = None) -> float:
+def tolerance(
+    dtype: str, scheme: str, tightened: Mapping[tuple[str, str], float] | None = None, arch: str = ""
+) -> float:
     """The tolerance in force: the ceiling, or a smaller one that a plugin's profile asks for."""
-    return min(ceiling(dtype, scheme), (tightened or {}).get((dtype, scheme), float("inf")))
+    return min(ceiling(dtype, scheme, arch), (tightened or {}).get((dtype, scheme), float("inf")))
 
 
 def loosened(tightened: Mapping[tuple[str, str], float]) -> list[str]:
@@ -85,10 +93,12 @@ def assert_close(
     *,
     what: str = "the result",
     tightened: Mapping[tuple[str, str], float] | None = None,
+    arch: str = "",
 ) -> None:
     """Raise AssertionError, with the errors, the place and the tolerance, unless `actual` is close to `expected`.
 
-    dtype, scheme: those of the layer. Where everything expected is zero, everything must be exactly zero.
+    dtype, scheme: those of the layer; arch: where `actual` was computed. Where everything expected is zero, everything
+    must be exactly zero.
     """
     import torch
 
@@ -96,7 +106,7 @@ def assert_close(
         raise AssertionError(f"{what} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
     if actual.numel() == 0:
         return
-    allowed = tolerance(dtype, scheme, tightened)
+    allowed = tolerance(dtype, scheme, tightened, arch)
     wide, difference = expected.double(), (actual.double() - expected.double()).abs().reshape(-1)
     broken = ~torch.isfinite(actual.double().reshape(-1))
     worst = int(broken.int().argmax()) if bool(broken.any()) else int(difference.argmax())

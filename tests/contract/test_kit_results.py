@@ -66,6 +66,18 @@ def test_outcomes() -> None:
     assert all(r.seconds >= 0 and set(r.to_json()) >= {"id", "component", "outcome"} for r in found.values())
 
 
+def test_a_scheme_whose_default_group_is_not_declared_is_checked_with_one_that_is() -> None:
+    from moe_core.testing.layer_search import Search, candidates
+
+    registry = registry_of(support={"schemes": frozenset({"int4_w4a16"}), "group_sizes": frozenset({32, 64})})
+    support, schemes = registry.runners["acme"].support, registry.schemes
+    found = {c.group_size for c in candidates(support, Search(scheme="int4_w4a16"), schemes, None)}
+    assert found == {32}
+    everything = registry.runners["reference"].support
+    found = {c.group_size for c in candidates(everything, Search(scheme="int4_w4a16"), schemes, None)}
+    assert found == {None}
+
+
 def test_component_that_cannot_run_here_is_not_absent() -> None:
     results = run_checks("acme", registry=elsewhere())
     by_group: dict[str, set[str]] = {}

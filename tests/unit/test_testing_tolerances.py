@@ -42,6 +42,17 @@ def test_profiles_only_tighten() -> None:
     assert "not a dtype" in loosened({("bfloat17", "bf16"): 0.001})[0]
 
 
+def test_another_kind_of_fp8_is_another_grid() -> None:
+    assert ceiling("bfloat16", "fp8_block128", "gfx942") > ceiling("bfloat16", "fp8_block128", "gfx950")
+    assert ceiling("bfloat16", "fp8_block128", "gfx950") == ceiling("bfloat16", "fp8_block128")
+    assert ceiling("bfloat16", "int8_channel", "gfx942") == ceiling("bfloat16", "int8_channel")
+    assert tolerance("bfloat16", "fp8_channel", {("bfloat16", "fp8_channel"): 0.01}, "gfx942") == 0.01
+    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    assert_close(x * 1.06, x, "bfloat16", "fp8_channel", arch="gfx942")
+    with pytest.raises(AssertionError, match=r"tolerance 0\.04"):
+        assert_close(x * 1.06, x, "bfloat16", "fp8_channel", arch="sm_90")
+
+
 def test_relative_error_does_not_depend_on_scale() -> None:
     x = torch.arange(1.0, 9.0)
     assert relative_error(x * 1.01, x) == pytest.approx(0.01, rel=1e-4)
