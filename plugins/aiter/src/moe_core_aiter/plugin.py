@@ -6,8 +6,11 @@ from dataclasses import replace
 
 from moe_core import hookimpl
 from moe_core.capability import Requires, Support
+from moe_core.doctor import DoctorCheck, DoctorResult
 from moe_core.specs import AdapterSpec, PluginInfo, RunnerSpec, Wants
-from moe_core.vocabulary import STANDARD, DroppedSlot, IdSpace, Phase, Step
+from moe_core.testing.profile import ConformanceProfile
+from moe_core.vocabulary import STANDARD, DroppedSlot, IdSpace, Maturity, Phase, Step
+from moe_core_aiter.schemes import SCHEMES
 
 _AITER = Requires(
     module="aiter",
@@ -22,25 +25,23 @@ RUNNER = RunnerSpec(
     factory="moe_core_aiter.runner:AiterRunner",
     prepare="moe_core_aiter.weights:prepare",
     update="moe_core_aiter.weights:update",
-    layouts=frozenset({"shuffled", "mxfp4_shuffled", "mxfp4_interleaved", "mxfp8_shuffled", "int4_shuffled"}),
+    requirements="moe_core_aiter.rules:requirements",
+    layouts=frozenset(scheme.layout for scheme in SCHEMES.values()),
     priority=200,
     why_not="moe_core_aiter.rules:why_not",
+    # Evidence: docs/amd.md.
+    maturity={"gfx942": Maturity.CONTRACT, "gfx950": Maturity.CONTRACT},
+    options={
+        "round_tokens": "true: calls of 256 rows and more quantize the tokens of mxfp4_w4a16 layers to fp8, in one "
+        "call; false: they are cut into smaller ones, which are exact and slower (default: false)",
+        "block_size_m": "16, 32, 64 or 128: rows of a tile of sorted tokens (default: AITER's choice; its issue 4032 "
+        "is a NaN with 16)",
+    },
     support=Support(
         devices={"rocm": ("gfx942", "gfx950")},
-        schemes=frozenset(
-            {
-                "bf16",
-                "fp8_tensor",
-                "fp8_channel",
-                "fp8_block128",
-                "int8_channel",
-                "int4_w4a16",
-                "mxfp4_w4a16",
-                "mxfp4",
-                "mxfp8",
-            }
-        ),
-        scheme_archs={"int4_w4a16": ("gfx942",), "mxfp4": ("gfx950",), "mxfp8": ("gfx950",)},
+        schemes=frozenset(SCHEMES),
+        # AITER builds its kernels for blocks of 32 for gfx950 only, but for those of int4.
+        scheme_archs={name: ("gfx950",) for name in ("mxfp4", "mxfp4_w4a16", "mxfp8")},
         dtypes=frozenset({"bfloat16", "float16"}),
         activations=frozenset({"silu", "gelu", "swiglu_oai"}),
         gated=frozenset({True}),
@@ -49,8 +50,8 @@ RUNNER = RunnerSpec(
         graph_capture=frozenset(Phase),
         group_sizes=frozenset({32}),
         hidden_multiple=32,
-        # A sorted id packs the slot into 8 bits and the token into 24.
-        max_top_k=255,
+        # A sorted id packs the slot into 8 bits and the token into 24; one slot may be added.
+        max_top_k=254,
         max_tokens=2**24 - 1,
         requires=(_AITER,),
     ),
@@ -60,9 +61,9 @@ RUNNER = RunnerSpec(
 _MASKED = Wants(
     id_spaces=(IdSpace.GLOBAL, IdSpace.LOCAL),
     dropped=(DroppedSlot.NEVER, DroppedSlot.SINK),
-    # mxfp8 is missing: fused_moe quantizes such tokens again and ignores their scales.
     payloads=("fp8_group128", "fp8_token", "mxfp4", "bf16"),
     extras=frozenset({"expert_mask"}),
+    optional=frozenset({"num_valid"}),
     can=frozenset({Step.ROUTED_SCALING}),
     always=frozenset({Step.ROUTER_WEIGHT, Step.TOPK_SUM}),
 )
@@ -79,6 +80,16 @@ ADAPTERS = (
         wants=(_UNMASKED, _MASKED),
     ),
 )
+
+
+def _examine() -> DoctorResult:
+    missing = _AITER.why_not(RUNNER.subject)
+    if missing:
+        # Not having it is no fault where nothing else of AMD's is.
+        return DoctorResult(missing[0].code == "dep.missing", str(missing[0].message), missing[0].hint)
+    from moe_core_aiter.build import examine
+
+    return examine()
 
 
 class AiterPlugin:
@@ -98,6 +109,21 @@ class AiterPlugin:
     def moe_core_adapters(self) -> tuple[AdapterSpec, ...]:
         """Its adapters. There is none for `batched`: AITER takes token-major rows only."""
         return ADAPTERS
+
+    @hookimpl
+    def moe_core_conformance(self) -> ConformanceProfile:
+        """What the kit asks for and its kernels cannot do."""
+        return ConformanceProfile(
+            expected_failures={
+                "runner:aiter/numerics.activation_limit": "never: its kernels clamp at 7, and for swiglu_oai only"
+            }
+        )
+
+    @hookimpl
+    def moe_core_doctor(self) -> tuple[DoctorCheck, ...]:
+        """Whether the installed build is one whose interface was recorded."""
+
+        return (DoctorCheck("the interface of the installed AITER", _examine),)
 
 
 plugin = AiterPlugin()
