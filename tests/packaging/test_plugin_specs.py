@@ -331,12 +331,15 @@ def test_cutedsl() -> None:
     assert codes("cutedsl", "cutedsl_hopper", "h200", config=ragged) == {"shape.intermediate"}
 
 
+GPT_OSS = {"scheme": "mxfp4_w4a16", "activation": OAI}
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({}, set()),
-        ({"scheme": "mxfp4_w4a16", "activation": OAI, "bias": True, "intermediate_size": 2880}, set()),
-        ({"scheme": "mxfp4_w4a16", "activation": replace(OAI, alpha=1.0)}, {"activation"}),
+        ({**GPT_OSS, "bias": True, "intermediate_size": 2880}, {"device.arch"}),
+        ({**GPT_OSS, "activation": replace(OAI, alpha=1.0)}, {"activation", "device.arch"}),
         ({"activation": OAI}, {"activation"}),
         ({"activation": Activation(limit=10.0)}, {"activation.limit"}),
         ({"activation": NON_GATED}, {"activation", "activation.gated"}),
@@ -350,7 +353,9 @@ def test_cutedsl() -> None:
     ],
 )
 def test_aiter(changes: dict[str, Any], expected: set[str]) -> None:
-    assert codes("aiter", "aiter", "mi300x", config=replace(LAYER, **changes)) == expected
+    config = replace(LAYER, **changes)
+    assert codes("aiter", "aiter", "mi300x", config=config) == expected
+    assert codes("aiter", "aiter", "mi355x", config=config) == expected - {"device.arch"}
 
 
 def test_all_of_triton_is_written() -> None:
