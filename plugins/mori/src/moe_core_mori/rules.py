@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from moe_core.capability import Reason
+from moe_core.errors import BindError
 from moe_core.request import PlanRequest
+from moe_core.resolution import Candidate, PriorityNote
+from moe_core_mori.launch import NODE, choose, choose_asynchronous
+
+_CHOICES: dict[str, Callable[..., object]] = {"mori": choose, "mori_ll": choose_asynchronous}
 
 
 def why_not(request: PlanRequest, subject: str) -> list[Reason]:
     """Rules of all its dispatchers: the numbers of ranks that its kernels run on."""
-    ranks, needed = request.parallel.ep_size, "2, 4, or a multiple of 8"
-    if ranks == 1 or ranks in (2, 4) or ranks % 8 == 0:
+    ranks = request.parallel.ep_size
+    options = request.settings.options.get(subject.partition(":")[2], {})
+    node = options.get("gpus_per_node", NODE)
+    if not isinstance(node, int) or node not in (1, 2, 4, 8):
+        return []  # refused in words when the plan is bound
+    if ranks == 1 or (ranks in (2, 4) and ranks <= node) or ranks % node == 0:
         return []
-    return [Reason(subject, "parallel.ep", f"runs on {needed} ranks", needed, str(ranks))]
+    small = [str(n) for n in (2, 4) if n < node]
+    needed = ", ".join([*small, f"or a multiple of {node}"]) if small else f"a multiple of {node}"
+    hint = None if node != NODE else "say how many GPUs a node has: options={'mori': {'gpus_per_node': 4}}"
+    return [Reason(subject, "parallel.ep", f"runs on {needed} ranks", needed, str(ranks), hint)]
+
+
+def note(request: PlanRequest, candidate: Candidate) -> PriorityNote | None:
+    """What a candidate would launch, and why; it changes no priority."""
+    pick = _CHOICES.get(candidate.dispatcher)
+    if pick is None:
+        return None
+    try:
+        chosen = pick(request, request.settings.options.get(candidate.dispatcher, {}))
+    except BindError:
+        return None  # said when the plan is bound
+    return PriorityNote(0, f"MoRI's {chosen.kernel}, {chosen.blocks} blocks of {chosen.warps} warps: {chosen.why}")  # type: ignore[attr-defined]

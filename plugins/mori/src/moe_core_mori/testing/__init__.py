@@ -1,0 +1,76 @@
+"""A strict double of MoRI, for tests without AMD GPUs: this plugin's own, and those of whoever writes a runner for it.
+
+    from moe_core_mori import testing
+
+    testing.install(arch="gfx942")       # `import mori` finds the double from now on, in this process
+    registry = Registry([testing.OnCpu()])
+
+CPU tensors move between real processes over gloo, so that a layer over MoRI can be held against the same layer on one
+rank. What MoRI documents, or is known to need without checking, is enforced: see `world`, `first` and `second`. It is
+part of the distribution, and not of the tests alone, because other plugins' tests need it too.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import ModuleType
+
+from moe_core import hookimpl
+from moe_core.specs import DispatcherSpec
+from moe_core_mori import facts
+from moe_core_mori.plugin import MoriPlugin
+from moe_core_mori.testing import first, second, world
+from moe_core_mori.testing.world import Device, DoubleError
+
+__all__ = ["DoubleError", "OnCpu", "install", "open_operators"]
+
+
+def install(*, arch: str = "gfx950", version: str = facts.NEWEST, compute_units: int = 256, heap_gib: int = 16) -> None:
+    """Put the double into `sys.modules` as `mori`, for one device, as a version of which facts are recorded.
+
+    A version without the second interface has none here either, and kernels that it lacks are missing.
+    """
+    recorded = facts.load(version)
+    world.HERE = Device(arch=arch, compute_units=compute_units, heap_bytes=heap_gib << 30)
+    ops, shmem = ModuleType("mori.ops"), ModuleType("mori.shmem")
+    kernels = recorded.enums["EpDispatchCombineKernelType"]
+    kinds = type("EpDispatchCombineKernelType", (), {k: getattr(first.EpDispatchCombineKernelType, k) for k in kernels})
+    vars(ops).update(
+        EpDispatchCombineKernelType=kinds,
+        EpDispatchCombineConfig=first.EpDispatchCombineConfig,
+        EpDispatchCombineOp=first.EpDispatchCombineOp,
+    )
+    names = ("shmem_get_unique_id", "shmem_init_attr", "shmem_mype", "shmem_npes", "MORI_SHMEM_INIT_WITH_UNIQUEID")
+    vars(shmem).update({name: getattr(first, name) for name in names})
+    modules = {"mori": ModuleType("mori"), "mori.ops": ops, "mori.shmem": shmem}
+    if recorded.parameters("mori.ops.dispatch_combine_v2.EpDispatchCombineConfig"):
+        v2, cco = ModuleType("mori.ops.dispatch_combine_v2"), ModuleType("mori.cco")
+        vars(v2).update(
+            EpDispatchCombineConfig=second.EpDispatchCombineConfig, EpDispatchCombineOp=second.EpDispatchCombineOp
+        )
+        vars(cco).update(Communicator=second.Communicator)
+        modules |= {"mori.ops.dispatch_combine_v2": v2, "mori.cco": cco}
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mori"]:
+        del sys.modules[name]
+    for name, module in modules.items():
+        module.__path__ = []
+        sys.modules[name] = module
+    modules["mori"].__version__ = version  # type: ignore[attr-defined]
+
+
+def open_operators() -> int:
+    """Operators of this process that were made and not closed or dropped yet."""
+    return world.device().open_operators
+
+
+class OnCpu(MoriPlugin):
+    """The plugin's dispatchers where the double runs."""
+
+    @hookimpl
+    def moe_core_dispatchers(self) -> tuple[DispatcherSpec, ...]:
+        """The same, for CPUs, and without asking whether MoRI is installed."""
+        return tuple(
+            replace(spec, support=replace(spec.support, devices={"cpu": ("*",)}, requires=()))
+            for spec in super().moe_core_dispatchers()
+        )
