@@ -116,14 +116,13 @@ class Shared:
 
         The first interface's own reset() does nothing in the published versions, so its operators are made anew.
         """
-        for slot in self.slots:
-            slot.holder = None
         self._meet()
         if self.need.launch is None:
             for slot in self.slots:
+                slot.holder = None
                 slot.op.reset()
             return
-        self.slots.clear()  # their memory first: the heap may not hold both
+        self._drop()  # their memory first: the heap may not hold both
         self.make()
 
     def close(self) -> None:
@@ -132,9 +131,15 @@ class Shared:
         if self.need.launch is None:
             for slot in self.slots:
                 slot.op.close()
-        self.slots.clear()
+        self._drop()
         if self.communicator is not None:
             self.communicator.destroy()
+
+    def _drop(self) -> None:
+        """Let the operators go, which frees those of the first interface; a caller may still hold handles."""
+        for slot in self.slots:
+            slot.op = slot.holder = None
+        self.slots.clear()
 
     def _op(self) -> Any:
         need, launch = self.need, self.need.launch

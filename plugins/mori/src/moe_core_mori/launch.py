@@ -89,7 +89,7 @@ def _sized(
         _number(options, name, default) for name, default in zip(("warps", "blocks", "rdma_blocks"), sizes, strict=True)
     )
     units = request.hardware.compute_units
-    if units and blocks > units:
+    if request.hardware.device_type == "rocm" and 0 < units < blocks:  # of a CPU they are cores
         why += f"; {blocks} blocks cut to the {units} compute units"
         blocks = units
     if warps < 1 or warps > 16 or blocks < 1:

@@ -22,6 +22,10 @@ FP4: Final = getattr(torch, "float4_e2m1fn_x2", None)
 NO_ID: Final = 1 << 30
 
 
+#: Bytes of what ranks tell each other about a call.
+_ROOM: Final = 4096
+
+
 class DoubleError(AssertionError):
     """MoRI would not survive this call, or would give wrong rows."""
 
@@ -104,15 +108,12 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank gave."""
-        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=U8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        self._group.allgather([sizes], [torch.tensor([len(mine)])]).wait()
-        longest = max(int(one) for one in sizes)
-        room = torch.zeros(longest, dtype=U8)
-        room[: len(mine)] = mine
-        all_of_them = [torch.zeros(longest, dtype=U8) for _ in range(self.size)]
-        self._group.allgather([all_of_them], [room]).wait()
-        return [pickle.loads(bytes(one[: int(n)].tolist())) for one, n in zip(all_of_them, sizes, strict=True)]
+        said = pickle.dumps(value)
+        need(len(said) <= _ROOM, f"{len(said)} bytes to tell the others, past {_ROOM}")
+        mine = torch.frombuffer(bytearray(said.ljust(_ROOM, b"\0")), dtype=U8)
+        theirs = [torch.empty_like(mine) for _ in range(self.size)]
+        self._group.allgather([theirs], [mine]).wait()
+        return [pickle.loads(one.numpy().tobytes()) for one in theirs]
 
     def agree(self, call: str, *values: Any) -> None:
         """All ranks are in the same call with the same values."""
