@@ -22,6 +22,8 @@ from moe_core_mori import buffers, calls, dispatcher, low_latency, normal, testi
 
 testing.install()
 MOST = 8
+FP8 = dict(scheme="fp8_block128", payload="fp8_group128")
+MXFP4 = dict(scheme="mxfp4", payload="mxfp4")
 PHASES = {"prefill": Phase.PREFILL, "decode": Phase.DECODE}
 
 
@@ -30,12 +32,27 @@ def config_of(**changes):
     return MoeConfig(**(sizes | changes))
 
 
-def planned(name, layer, config, *, phases=("prefill",), max_tokens=MOST, check=False, plugin=None, **options):
+class Sending(testing.OnCpu):
+    "The dispatchers, offering one payload alone: the reference runner would take bf16."
+
+    def __init__(self, payload):
+        self.payload = payload
+
+    @moe_core.hookimpl
+    def moe_core_dispatchers(self):
+        def narrowed(spec):
+            offer = replace(spec.offers[STANDARD], payloads=frozenset({self.payload}))
+            return replace(spec, offers={STANDARD: offer})
+
+        return tuple(narrowed(spec) for spec in super().moe_core_dispatchers())
+
+
+def planned(name, layer, config, *, phases=("prefill",), max_tokens=MOST, check=False, payload="bf16", **options):
     parallel = ParallelConfig(ep_size=ranks, ep_rank=rank, tokens="sharded")
     chosen = {name: options} if options else {}
     settings = moe_core.Settings(runner="reference", dispatcher=name, options=chosen, check=check)
     return moe_core.plan(config, layer.weights.shard(config, parallel), parallel, group=group, max_tokens=max_tokens,
-                         phases=[PHASES[phase] for phase in phases], registry=Registry([plugin or testing.OnCpu()]),
+                         phases=[PHASES[phase] for phase in phases], registry=Registry([Sending(payload)]),
                          settings=settings)
 
 
@@ -45,7 +62,7 @@ def mine(layer, counts):
 
 
 def far(result, everything, rows):
-    "The largest difference from one rank's result, relative to its largest value."
+    "The largest difference from one rank's result, relative to its largest value; NaN where there is one."
     expected = everything[rows]
     assert result.shape == expected.shape and result.dtype == expected.dtype, (result.shape, result.dtype)
     if not len(result):
@@ -66,7 +83,8 @@ def compare(name, counts, *, phases=("prefill",), flights=1, pattern="uniform", 
         layer.hidden[1::5] = float("nan")
     whole = moe_core.plan(config, layers[0].weights, runner="reference")
     plan = planned(name, layers[0], config, phases=phases, **options)
-    done, worst = [], 0.0
+    assert plan.terms[STANDARD].payload == options.get("payload", "bf16")
+    done, found = [], [0.0]
     for phase in phases:
         for _ in range(2):
             states, begun = [], []
@@ -88,11 +106,11 @@ def compare(name, counts, *, phases=("prefill",), flights=1, pattern="uniform", 
                 assert output is None or result is output
                 done.append((result, layer))
     for result, layer in done:
-        worst = max(worst, far(result, whole(layer.hidden, layer.topk).nan_to_num(), mine(layer, counts)[2]))
+        found.append(far(result, whole(layer.hidden, layer.topk), mine(layer, counts)[2]))
     assert buffers._OPEN and testing.open_operators() == options.get("micro_batches", 2)
     plan.close()
     assert not buffers._OPEN and testing.open_operators() == 0
-    return worst
+    return float(torch.tensor(found).max())  # NaN if any is
 
 
 def probed(name, *, payload="bf16", spaces=(IdSpace.GLOBAL,), ids_dtype="int32", dropped=DroppedSlot.NEGATIVE,
@@ -148,11 +166,22 @@ PATHS = (Path(moe_core_mori.__file__).parents[1],)
 Said = list[dict[str, Any]]
 
 
-@pytest.fixture(scope="session", params=[2, 4])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """In as many processes as the module's `RANKS` say."""
+    if "everything" in metafunc.fixturenames:
+        metafunc.parametrize("everything", _ranks_of(metafunc.module), indirect=True, scope="session")
+
+
+def _ranks_of(module: Any) -> tuple[int, ...]:
+    return getattr(module, "RANKS", (2, 4))
+
+
+@pytest.fixture(scope="session")
 def everything(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Said:
-    """What each rank says to the `SOURCES` of all test modules here, after their `SCRIPT`: one start of the processes."""
+    """What each rank says to the `SOURCES` of all test modules here, after their `SCRIPT`, in one start."""
     here = Path(__file__).parent
     modules = {item.module.__name__: item.module for item in request.session.items if item.path.parent == here}
+    modules = {name: module for name, module in modules.items() if request.param in _ranks_of(module)}
     script = [BEFORE]
     for name, module in modules.items():
         script.append(getattr(module, "SCRIPT", ""))

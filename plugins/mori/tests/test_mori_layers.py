@@ -22,8 +22,8 @@ LAYERS = {
     "mori, counts told": f"compare('mori', {ODD}, told=True)",
     "mori, nobody, told": f"compare('mori', {ZERO}, told=True)",
     "mori, checked": f"compare('mori', {ODD}, told=True, drop=False, check=True)",
-    "mori, fp8": f"compare('mori', {ODD}, scheme='fp8_block128')",
-    "mori, mxfp4": f"compare('mori', {ODD}, scheme='mxfp4')",
+    "mori, fp8": f"compare('mori', {ODD}, **FP8)",
+    "mori, mxfp4": f"compare('mori', {ODD}, **MXFP4)",
     "mori, float32": f"compare('mori', {ODD}, dtype='float32')",
     "mori, two in flight": f"compare('mori', {ODD}, flights=2)",
     "mori, two, backwards": f"compare('mori', {ODD}, flights=2, backwards=True, phases={BOTH})",
@@ -32,20 +32,20 @@ LAYERS = {
     "mori, IntraNodeLL": f"compare('mori', {ODD}, kernel='IntraNodeLL', told=True)",
     "across nodes, few tokens": f"compare('mori', {ODD}, {NODES})",
     "across nodes, many tokens": f"compare('mori', {ODD}, {NODES}, max_tokens=300, told=True)",
-    "across nodes, the oldest": f"compare('mori', {ODD}, {NODES}, kernel='InterNode', scheme='fp8_block128')",
+    "across nodes, the oldest": f"compare('mori', {ODD}, {NODES}, kernel='InterNode', **FP8)",
     "ll": f"compare('mori_ll', {ODD}, phases={BOTH})",
     "ll, nobody": f"compare('mori_ll', {ZERO})",
     "ll, skewed": f"compare('mori_ll', {EVEN}, pattern='skewed', told=True)",
-    "ll, fp8": f"compare('mori_ll', {ODD}, scheme='fp8_block128')",
-    "ll, mxfp4": f"compare('mori_ll', {ODD}, scheme='mxfp4')",
+    "ll, fp8": f"compare('mori_ll', {ODD}, **FP8)",
+    "ll, mxfp4": f"compare('mori_ll', {ODD}, **MXFP4)",
     "ll, two in flight": f"compare('mori_ll', {ODD}, flights=2)",
     "ll, two, backwards": f"compare('mori_ll', {ODD}, flights=2, backwards=True)",
     "ll, across nodes": f"compare('mori_ll', {ODD}, {NODES})",
     "v2": f"compare('mori_v2', {ODD}, phases={BOTH})",
     "v2, nobody": f"compare('mori_v2', {ZERO})",
     "v2, skewed": f"compare('mori_v2', {EVEN}, pattern='skewed', told=True)",
-    "v2, fp8": f"compare('mori_v2', {ODD}, scheme='fp8_block128')",
-    "v2, mxfp4": f"compare('mori_v2', {ODD}, scheme='mxfp4')",
+    "v2, fp8": f"compare('mori_v2', {ODD}, **FP8)",
+    "v2, mxfp4": f"compare('mori_v2', {ODD}, **MXFP4)",
     "v2, two in flight": f"compare('mori_v2', {ODD}, flights=2, backwards=True)",
     "v2, backend": f"compare('mori_v2', {ODD}, backend='hip')",
 }
@@ -90,10 +90,10 @@ def on_gfx942(work):
         testing.install()
 """
 ON_GFX942 = {
-    "fp8 there": f"on_gfx942(lambda: compare('mori', {ODD}, scheme='fp8_block128'))",
-    "mxfp4 there": f"on_gfx942(lambda: compare('mori', {ODD}, scheme='mxfp4'))",
-    "fp8 there, ll": f"on_gfx942(lambda: compare('mori_ll', {ODD}, scheme='fp8_block128'))",
-    "fp8 there, v2": f"on_gfx942(lambda: compare('mori_v2', {ODD}, scheme='fp8_block128'))",
+    "fp8 there": f"on_gfx942(lambda: compare('mori', {ODD}, **FP8))",
+    "mxfp4 there": f"on_gfx942(lambda: compare('mori', {ODD}, **MXFP4))",
+    "fp8 there, ll": f"on_gfx942(lambda: compare('mori_ll', {ODD}, **FP8))",
+    "fp8 there, v2": f"on_gfx942(lambda: compare('mori_v2', {ODD}, **FP8))",
 }
 
 SOURCES = {**LAYERS, **{name: source for name, (source, _) in PROBED.items()}, **ON_GFX942}

@@ -273,7 +273,8 @@ def _check_config(config: EpDispatchCombineConfig, ranks: Ranks, units: int) -> 
     need(config.num_experts_per_rank > 0 and config.hidden_dim > 0, "no experts, or no values")
     need(config.max_token_type_size in (1, 2, 4), "elements of 1, 2 or 4 bytes")
     need(config.scale_dim == 0 or config.scale_type_size > 0, "scales without a size")
-    need(config.num_qp_per_pe >= 1 and config.block_num <= units, "queue pairs, blocks")
+    need(config.num_qp_per_pe >= 1, "no queue pair")
+    need(config.block_num <= units, f"{config.block_num} blocks wait for each other on {units} units")
     need(config.max_total_recv_tokens == 0 and config.use_external_inp_buf, "not implemented: caps, zero copy")
     need(config.quant_type == "none", "not implemented: combine in fewer bits")
 
