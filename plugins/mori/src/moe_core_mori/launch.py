@@ -18,6 +18,8 @@ from moe_core.request import PlanRequest
 
 #: GPUs that reach each other over XGMI, at most; MoRI's kernels within a node hold arrays of so many.
 NODE: Final = 8
+#: What MoRI takes for the GPUs of a node.
+NODES: Final = (1, 2, 4, 8)
 #: Across nodes, up to so many tokens a rank the low-latency variant is taken; the threshold that SGLang has.
 FEW_TOKENS: Final = 256
 WITHIN: Final = ("IntraNode", "IntraNodeLL")
@@ -48,7 +50,7 @@ class Launch:
 def gpus_per_node(ranks: int, options: Mapping[str, Any]) -> int:
     """Ranks of one node: the option, 8 where it is not given, never more than there are."""
     given = options.get("gpus_per_node", NODE)
-    if not isinstance(given, int) or given not in (1, 2, 4, 8):
+    if type(given) is not int or given not in NODES:
         raise BindError(f"the option gpus_per_node is 1, 2, 4 or 8, got {given!r}")
     return min(given, ranks)
 

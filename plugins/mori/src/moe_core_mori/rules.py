@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from moe_core.capability import Reason
 from moe_core.errors import BindError
 from moe_core.request import PlanRequest
 from moe_core.resolution import Candidate, PriorityNote
-from moe_core_mori.launch import NODE, choose, choose_asynchronous
+from moe_core_mori.launch import NODE, NODES, Launch, choose, choose_asynchronous
 
-_CHOICES: dict[str, Callable[..., object]] = {"mori": choose, "mori_ll": choose_asynchronous}
+_CHOICES: dict[str, Callable[[PlanRequest, Mapping[str, Any]], Launch]] = {
+    "mori": choose,
+    "mori_ll": choose_asynchronous,
+}
 
 
 def why_not(request: PlanRequest, subject: str) -> list[Reason]:
@@ -18,7 +22,7 @@ def why_not(request: PlanRequest, subject: str) -> list[Reason]:
     ranks = request.parallel.ep_size
     options = request.settings.options.get(subject.partition(":")[2], {})
     node = options.get("gpus_per_node", NODE)
-    if not isinstance(node, int) or node not in (1, 2, 4, 8):
+    if type(node) is not int or node not in NODES:
         return []  # refused in words when the plan is bound
     if ranks == 1 or (ranks in (2, 4) and ranks <= node) or ranks % node == 0:
         return []
@@ -37,4 +41,4 @@ def note(request: PlanRequest, candidate: Candidate) -> PriorityNote | None:
         chosen = pick(request, request.settings.options.get(candidate.dispatcher, {}))
     except BindError:
         return None  # said when the plan is bound
-    return PriorityNote(0, f"MoRI's {chosen.kernel}, {chosen.blocks} blocks of {chosen.warps} warps: {chosen.why}")  # type: ignore[attr-defined]
+    return PriorityNote(0, f"MoRI's {chosen.kernel}, {chosen.blocks} blocks of {chosen.warps} warps: {chosen.why}")
