@@ -101,7 +101,7 @@ def says(work):
     try:
         work()
         return "nothing"
-    except (world.DoubleError, ValueError, NotImplementedError) as error:
+    except (testing.DoubleError, ValueError, NotImplementedError) as error:
         return f"{type(error).__name__}: {error}"
     finally:
         testing.install()

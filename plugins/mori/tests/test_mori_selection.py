@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from moe_core_mori import launch
+from moe_core_mori import launch, testing
 from moe_core_mori.plugin import MoriPlugin
 
 import moe_core
@@ -17,6 +17,7 @@ from moe_core.registry import Registry
 from moe_core.request import PlanRequest
 from moe_core.resolution import Resolution
 from moe_core.settings import Settings
+from moe_core.testing import run_checks
 from moe_core.vocabulary import STANDARD, Maturity, Step
 
 SMALL_NODES = {n: Settings(options={"mori": {"gpus_per_node": n}}) for n in (2, 4)}
@@ -141,6 +142,13 @@ def test_all_terms_are_offered_in_the_one_format() -> None:
         assert set(spec.formats.values()) == set(spec.offers) == {STANDARD}
         assert spec.offers[STANDARD].payloads == {"bf16", "fp8_group128", "mxfp4"}
         assert spec.split_phases == (spec.name == "mori_ll")
+
+
+@pytest.mark.parametrize("plugin", [MoriPlugin(), testing.OnCpu()], ids=["as it is", "over the double"])
+def test_the_conformance_kit_has_nothing_against_it(plugin: MoriPlugin) -> None:
+    results = run_checks("mori", registry=Registry([plugin]))
+    assert [str(result) for result in results if result.outcome not in ("passed", "refused", "skipped")] == []
+    assert sum(result.outcome == "passed" for result in results) > 20
 
 
 def test_the_doctor_says_that_there_is_nothing_to_check() -> None:

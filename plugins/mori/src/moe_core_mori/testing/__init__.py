@@ -7,7 +7,8 @@
 
 CPU tensors move between real processes over gloo, so that a layer over MoRI can be held against the same layer on one
 rank. What MoRI documents, or is known to need without checking, is enforced: see `world`, `first` and `second`. It is
-part of the distribution, and not of the tests alone, because other plugins' tests need it too.
+part of the distribution, and not of the tests alone, because other plugins' tests need it too. Importing this module
+imports no torch; `install` does.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from moe_core import hookimpl
 from moe_core.specs import DispatcherSpec
 from moe_core_mori import facts
 from moe_core_mori.plugin import MoriPlugin
-from moe_core_mori.testing import first, second, world
-from moe_core_mori.testing.world import Device, DoubleError
+from moe_core_mori.testing.errors import DoubleError
 
 __all__ = ["DoubleError", "OnCpu", "install", "open_operators"]
 
@@ -31,8 +31,10 @@ def install(*, arch: str = "gfx950", version: str = facts.NEWEST, compute_units:
 
     A version without the second interface has none here either, and kernels that it lacks are missing.
     """
+    from moe_core_mori.testing import first, second, world
+
     recorded = facts.load(version)
-    world.HERE = Device(arch=arch, compute_units=compute_units, heap_bytes=heap_gib << 30)
+    world.HERE = world.Device(arch=arch, compute_units=compute_units, heap_bytes=heap_gib << 30)
     ops, shmem = ModuleType("mori.ops"), ModuleType("mori.shmem")
     kernels = recorded.enums["EpDispatchCombineKernelType"]
     kinds = type("EpDispatchCombineKernelType", (), {k: getattr(first.EpDispatchCombineKernelType, k) for k in kernels})
@@ -61,7 +63,9 @@ def install(*, arch: str = "gfx950", version: str = facts.NEWEST, compute_units:
 
 def open_operators() -> int:
     """Operators of this process that were made and not closed or dropped yet."""
-    return world.device().open_operators
+    from moe_core_mori.testing.world import device
+
+    return device().open_operators
 
 
 class OnCpu(MoriPlugin):
@@ -71,6 +75,6 @@ class OnCpu(MoriPlugin):
     def moe_core_dispatchers(self) -> tuple[DispatcherSpec, ...]:
         """The same, for CPUs, and without asking whether MoRI is installed."""
         return tuple(
-            replace(spec, support=replace(spec.support, devices={"cpu": ("*",)}, requires=()))
+            replace(spec, maturity={}, support=replace(spec.support, devices={"cpu": ("*",)}, requires=()))
             for spec in super().moe_core_dispatchers()
         )

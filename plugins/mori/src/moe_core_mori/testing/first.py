@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_core_mori.testing.errors import DoubleError
 from moe_core_mori.testing.world import (
     BF16,
     F32,
     I32,
     U8,
-    DoubleError,
     Ranks,
     Routed,
     device,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_core_mori.testing.errors import DoubleError
 from moe_core_mori.testing.world import (
     BF16,
     F32,
@@ -19,7 +20,6 @@ from moe_core_mori.testing.world import (
     FP4,
     I32,
     U8,
-    DoubleError,
     Ranks,
     Routed,
     device,

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_core_mori.testing.errors import DoubleError
+
 BF16, F32, I32 = torch.bfloat16, torch.float32, torch.int32
 FNUZ, FN, U8 = torch.float8_e4m3fnuz, torch.float8_e4m3fn, torch.uint8
 #: Absent from older torch.
@@ -24,10 +26,6 @@ NO_ID: Final = 1 << 30
 
 #: Bytes of what ranks tell each other about a call.
 _ROOM: Final = 4096
-
-
-class DoubleError(AssertionError):
-    """MoRI would not survive this call, or would give wrong rows."""
 
 
 def need(holds: bool, message: str) -> None:
