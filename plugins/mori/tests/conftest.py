@@ -32,27 +32,12 @@ def config_of(**changes):
     return MoeConfig(**(sizes | changes))
 
 
-class Sending(testing.OnCpu):
-    "The dispatchers, offering one payload alone: the reference runner would take bf16."
-
-    def __init__(self, payload):
-        self.payload = payload
-
-    @moe_core.hookimpl
-    def moe_core_dispatchers(self):
-        def narrowed(spec):
-            offer = replace(spec.offers[STANDARD], payloads=frozenset({self.payload}))
-            return replace(spec, offers={STANDARD: offer})
-
-        return tuple(narrowed(spec) for spec in super().moe_core_dispatchers())
-
-
 def planned(name, layer, config, *, phases=("prefill",), max_tokens=MOST, check=False, payload="bf16", **options):
     parallel = ParallelConfig(ep_size=ranks, ep_rank=rank, tokens="sharded")
     chosen = {name: options} if options else {}
     settings = moe_core.Settings(runner="reference", dispatcher=name, options=chosen, check=check)
     return moe_core.plan(config, layer.weights.shard(config, parallel), parallel, group=group, max_tokens=max_tokens,
-                         phases=[PHASES[phase] for phase in phases], registry=Registry([Sending(payload)]),
+                         phases=[PHASES[phase] for phase in phases], registry=Registry([testing.OnCpu(payload)]),
                          settings=settings)
 
 

@@ -103,6 +103,7 @@ class Shared:
                 room = _bytes_v2(need) * need.micro_batches
                 self.communicator = calls.make_communicator(need.rank, ranks, room, self._share)
             self.slots = [Slot(self._op()) for _ in range(need.micro_batches)]
+            self._meet()  # a rank clears its buffers when it makes them, and must not clear what a peer has sent
         except (RuntimeError, ValueError, AssertionError, TypeError, ImportError, OSError) as error:
             raise BindError(
                 f"MoRI made no operator for {need.most} tokens a rank of {need.hidden} values on {ranks} ranks, "
@@ -121,6 +122,7 @@ class Shared:
             for slot in self.slots:
                 slot.holder = None
                 slot.op.reset()
+            self._meet()
             return
         self._drop()  # their memory first: the heap may not hold both
         self.make()

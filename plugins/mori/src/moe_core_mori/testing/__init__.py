@@ -19,11 +19,12 @@ from types import ModuleType
 
 from moe_core import hookimpl
 from moe_core.specs import DispatcherSpec
+from moe_core.vocabulary import PayloadId
 from moe_core_mori import facts
 from moe_core_mori.plugin import MoriPlugin
 from moe_core_mori.testing.errors import DoubleError
 
-__all__ = ["DoubleError", "OnCpu", "install", "open_operators"]
+__all__ = ["DoubleError", "Narrowed", "OnCpu", "install", "open_operators"]
 
 
 def install(*, arch: str = "gfx950", version: str = facts.NEWEST, compute_units: int = 256, heap_gib: int = 16) -> None:
@@ -68,8 +69,21 @@ def open_operators() -> int:
     return device().open_operators
 
 
-class OnCpu(MoriPlugin):
-    """The plugin's dispatchers where the double runs."""
+class Narrowed(MoriPlugin):
+    """The plugin's dispatchers, offering one payload alone: a runner that prefers another one shows nothing of it."""
+
+    def __init__(self, payload: PayloadId | None = None) -> None:
+        self._payload = payload
+
+    @hookimpl
+    def moe_core_dispatchers(self) -> tuple[DispatcherSpec, ...]:
+        """The same, with fewer payloads."""
+        specs = super().moe_core_dispatchers()
+        return specs if self._payload is None else tuple(_narrowed(spec, self._payload) for spec in specs)
+
+
+class OnCpu(Narrowed):
+    """Likewise, where the double runs."""
 
     @hookimpl
     def moe_core_dispatchers(self) -> tuple[DispatcherSpec, ...]:
@@ -78,3 +92,8 @@ class OnCpu(MoriPlugin):
             replace(spec, maturity={}, support=replace(spec.support, devices={"cpu": ("*",)}, requires=()))
             for spec in super().moe_core_dispatchers()
         )
+
+
+def _narrowed(spec: DispatcherSpec, payload: PayloadId) -> DispatcherSpec:
+    offers = {name: replace(offer, payloads=frozenset({payload})) for name, offer in spec.offers.items()}
+    return replace(spec, offers=offers)
