@@ -169,7 +169,7 @@ def everything(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     modules = {name: module for name, module in modules.items() if request.param in _ranks_of(module)}
     script = [BEFORE]
     for name, module in modules.items():
-        script.append(getattr(module, "SCRIPT", ""))
+        script += ["testing.install()\n", getattr(module, "SCRIPT", "")]
         script += [f"say({f'{name}:{key}'!r}, lambda: {s})\n" for key, s in getattr(module, "SOURCES", {}).items()]
     folder = tmp_path_factory.mktemp("gloo")
     return run_ranks(request.param, "".join(script), folder, patience_s=60, limit_s=300, paths=PATHS)

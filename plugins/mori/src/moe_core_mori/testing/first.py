@@ -88,6 +88,7 @@ class EpDispatchCombineOp:
     def __init__(self, config: EpDispatchCombineConfig) -> None:
         here = device()
         need(here.ranks is not None, "shmem is not initialized")
+        self._here = here
         self._ranks: Ranks = here.ranks  # type: ignore[assignment]
         need(isinstance(config, EpDispatchCombineConfig), "not a config of this interface")
         self.config = config
@@ -110,9 +111,8 @@ class EpDispatchCombineOp:
 
     def __del__(self) -> None:
         if hasattr(self, "_size"):
-            here = device()
-            here.used -= self._size
-            here.open_operators -= 1
+            self._here.used -= self._size
+            self._here.open_operators -= 1
 
     def dispatch(
         self, input: Tensor, weights: Tensor, scales: Tensor | None, indices: Tensor, block_num: int = -1,

@@ -162,7 +162,8 @@ class EpDispatchCombineOp:
         self._total = torch.zeros(1, dtype=I32)
         self._routing: EpDispatchRoutingHandle | None = None
         self._calls, self._closed = 0, False
-        device().open_operators += 1
+        self._here = device()
+        self._here.open_operators += 1
         self._ranks.agree("EpDispatchCombineOp", {**vars(cfg), "rank": None})
 
     def dispatch(
@@ -235,7 +236,7 @@ class EpDispatchCombineOp:
         """Give the arena back."""
         if not self._closed:
             self._closed = True
-            device().open_operators -= 1
+            self._here.open_operators -= 1
 
     def _need_open(self) -> None:
         need(not self._closed, "the operator is closed")

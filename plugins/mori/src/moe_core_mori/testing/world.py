@@ -103,6 +103,7 @@ class Ranks:
         self.rank, self.size = rank, size
         store = torch._C._distributed_c10d.FileStore(unique_id.decode(), size)
         self._group: Any = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=patience_s))
+        self.gather(rank)  # nobody goes on, or away, before all are connected
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank gave."""
