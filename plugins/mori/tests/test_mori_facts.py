@@ -163,7 +163,7 @@ def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_facts_are_those_of_the_published_wheel(wheel: tuple[str, Path]) -> None:
     version, root = wheel
     recorded = facts.load(version)
-    read = facts.read_sources(root, version, recorded.source, recorded.enums)
+    read = facts.read_sources(root, version, recorded.source, recorded.commit, recorded.enums)
     assert read.callables == recorded.callables
     assert read.files == recorded.files
     library = (root / "mori" / "libmori_pybinds.so").read_bytes()

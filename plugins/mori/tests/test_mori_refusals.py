@@ -135,6 +135,15 @@ def shared():
     return [*seen, testing.open_operators()]
 
 
+def sizes_that_are_one():
+    "Up to the fewest tokens that an operator is made for, and however the launch came about."
+    plans = [calls_of("mori", max_tokens=n)[0] for n in (4, 8, 256)] + [calls_of("mori", warps=16)[0]]
+    seen = len(buffers._OPEN)
+    for plan in plans:
+        plan.close()
+    return [seen, len(buffers._OPEN)]
+
+
 def bound(name, version=None, heap_gib=16, tokens=MOST, **options):
     testing.install(**({"version": version} if version else {}), heap_gib=heap_gib)
     try:
@@ -229,6 +238,7 @@ SOURCES = {
     **BOUND,
     **AGAIN,
     "shared": "shared()",
+    "one": "sizes_that_are_one()",
     "left": "after_closing()[2]",
 }
 
@@ -255,4 +265,5 @@ def test_after_an_error_in_between_reset_makes_room(said: list[dict[str, Any]]) 
 
 def test_layers_share_operators_until_all_of_them_are_closed(said: list[dict[str, Any]]) -> None:
     assert all(rank["shared"] == [2, 3, 2, 2, 1, 0] for rank in said), [rank["shared"] for rank in said]
+    assert all(rank["one"] == [1, 0] for rank in said), [rank["one"] for rank in said]
     assert all(rank["left"] == 0 for rank in said), [rank["left"] for rank in said]

@@ -30,7 +30,7 @@ _FORGOTTEN = "a plan with MoRI's buffers was dropped without close(): they stay 
 class Need:
     """What an operator is made for; equal needs share.
 
-    dtype: of the layer, and of combine. sent_dtype: of rows as they travel. tokens: the most of a rank in one call.
+    dtype: of the layer, and of combine. sent_dtype: of rows as they travel. most: tokens of a rank in one call.
     launch: of the first interface, or None for the second one, whose `backend` may be named.
     """
 
@@ -40,17 +40,12 @@ class Need:
     sent_dtype: torch.dtype
     hidden: int
     scale_words: int
-    tokens: int
+    most: int
     experts_a_rank: int
     top_k: int
     micro_batches: int
     launch: Launch | None = None
     backend: str | None = None
-
-    @property
-    def most(self) -> int:
-        """Tokens a rank that the operator is made for."""
-        return max(self.tokens, FEWEST_TOKENS)
 
 
 @dataclass(slots=True)
@@ -233,6 +228,11 @@ def ranks_of(binding: Binding) -> Any:
             hint="make the group with its ranks in the order of ep_rank",
         )
     return groups.ep
+
+
+def most_tokens(tokens: int) -> int:
+    """Tokens a rank that an operator is made for, where so many come."""
+    return max(tokens, FEWEST_TOKENS)
 
 
 def micro_batches(binding: Binding) -> int:

@@ -19,7 +19,7 @@ from moe_core.formats import StandardCombineInput, StandardDispatchOutput
 from moe_core.protocols import Binding, RunningState
 from moe_core.topk import TopKOutput
 from moe_core.vocabulary import DroppedSlot, Step
-from moe_core_mori.buffers import Lease, Need, Slot, micro_batches, ranks_of
+from moe_core_mori.buffers import Lease, Need, Slot, micro_batches, most_tokens, ranks_of
 from moe_core_mori.launch import Launch
 from moe_core_mori.wire import Ids, Rows
 
@@ -70,7 +70,7 @@ class MoriDispatcher:
             sent_dtype=self._rows.dtype,
             hidden=self._hidden,
             scale_words=self._rows.scale_words,
-            tokens=self._tokens,
+            most=most_tokens(self._tokens),
             experts_a_rank=self._ids.experts_a_rank,
             top_k=binding.config.top_k,
             micro_batches=micro_batches(binding),

@@ -10,7 +10,7 @@ the device has compute units: MoRI's blocks wait for each other, for ever where 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from moe_core.errors import BindError
@@ -39,7 +39,7 @@ class Launch:
     blocks: int
     rdma_blocks: int
     gpus_per_node: int
-    why: str
+    why: str = field(compare=False)
 
     @property
     def compact(self) -> bool:

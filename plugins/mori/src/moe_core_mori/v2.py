@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from moe_core.errors import BindError
@@ -20,11 +21,13 @@ class V2Dispatcher(MoriDispatcher):
         if "backend" in binding.options:
             calls.check(calls.PROBED)
         terms = binding.terms
-        if terms is not None and terms.payload == "mxfp4" and binding.hardware.arch == "gfx942":
-            raise BindError(
-                "MoRI's second interface moves mxfp4 rows on gfx950 only, and this is gfx942",
-                hint="use the dispatcher mori, which copies their bytes on both",
-            )
+        if terms is not None and terms.payload == "mxfp4":
+            lacking = "gfx942" if binding.hardware.arch == "gfx942" else f"torch {torch.__version__} without float4"
+            if lacking == "gfx942" or not hasattr(torch, "float4_e2m1fn_x2"):
+                raise BindError(
+                    f"MoRI's second interface moves mxfp4 rows as float4 on gfx950, and this is {lacking}",
+                    hint="use the dispatcher mori, which copies their bytes anywhere",
+                )
         super().__init__(binding, None)
 
     def dispatch(self, hidden_states: Tensor, topk_output: TopKOutput, state: RunningState) -> StandardDispatchOutput:

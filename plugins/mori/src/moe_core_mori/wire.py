@@ -71,7 +71,7 @@ class Ids:
 class Rows:
     """Tokens to the tensors that MoRI copies, and back to the payload of the terms.
 
-    dtype, width: of a row as it travels; scale_words: 4-byte words of scales a row, 0 where there are none.
+    dtype: of rows as they travel; scale_words: 4-byte words of scales a row, 0 where there are none.
     """
 
     def __init__(self, binding: Binding) -> None:
@@ -80,12 +80,12 @@ class Rows:
         self.payload, self._travelling = binding.terms.payload, Travelling(binding)
         example = torch.empty(0, binding.config.hidden_size, dtype=binding.dtype, device=binding.device)
         data, *scales = self._travelling(example)
-        self.width, self._data_dtype = data.shape[1], data.dtype
+        self._data_dtype = data.dtype
         self.dtype = _carrier(data.dtype, self.payload, binding.hardware.arch)
-        self.scale_words, self._scale_dtype, self._scale_columns = 0, torch.float32, 0
+        self.scale_words, self._scale_dtype = 0, torch.float32
         if scales:
-            self._scale_dtype, self._scale_columns = scales[0].dtype, scales[0].shape[1]
-            size = self._scale_columns * self._scale_dtype.itemsize
+            self._scale_dtype = scales[0].dtype
+            size = scales[0].shape[1] * self._scale_dtype.itemsize
             if size % 4:
                 raise BindError(
                     f"payload {self.payload!r} has {size} bytes of scales a row, and MoRI moves words of 4 bytes",

@@ -49,7 +49,7 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """version: of the distribution. source: what was read, and where its commit is known, that.
+    """version: of the distribution. source: what was read. commit: of it in github.com/ROCm/mori, where it is known.
 
     callables: dotted name -> parameters in order, without self. enums: name -> names of its members. files: path inside
     the distribution -> sha256 of what was read.
@@ -57,6 +57,7 @@ class Facts:
 
     version: str
     source: str
+    commit: str | None
     callables: dict[str, tuple[Parameter, ...]]
     enums: dict[str, tuple[str, ...]]
     files: dict[str, str]
@@ -70,6 +71,7 @@ class Facts:
         return {
             "version": self.version,
             "source": self.source,
+            "commit": self.commit,
             "files": self.files,
             "callables": {
                 name: [[p.name, "keyword" if p.keyword_only else "any", p.default] for p in parameters]
@@ -94,10 +96,10 @@ def load(version: str) -> Facts:
         for name, parameters in raw["callables"].items()
     }
     enums = {name: tuple(members) for name, members in raw["enums"].items()}
-    return Facts(raw["version"], raw["source"], callables, enums, raw["files"])
+    return Facts(raw["version"], raw["source"], raw["commit"], callables, enums, raw["files"])
 
 
-def read_sources(root: Path, version: str, source: str, enums: dict[str, tuple[str, ...]]) -> Facts:
+def read_sources(root: Path, version: str, source: str, commit: str | None, enums: dict[str, tuple[str, ...]]) -> Facts:
     """Facts from an unpacked wheel or the `python` folder of a checkout, by parsing: nothing is imported or run.
 
     root: holds the folder `mori`. enums: from the C++ bindings, which Python's sources do not hold. A callable that the
@@ -112,7 +114,7 @@ def read_sources(root: Path, version: str, source: str, enums: dict[str, tuple[s
         hashes[path] = hashlib.sha256(text).hexdigest()
         found = dict(_callables(ast.parse(text)))
         callables |= {f"{module}.{name}": found[name] for name in names if name in found}
-    return Facts(version, source, callables, enums, hashes)
+    return Facts(version, source, commit, callables, enums, hashes)
 
 
 def _callables(tree: ast.Module) -> Iterator[tuple[str, tuple[Parameter, ...]]]:
