@@ -18,7 +18,7 @@ from moe_core.registry import Registry
 from moe_core.specs import Wants
 from moe_core.testing import make_layer, probe
 from moe_core.vocabulary import STANDARD, DroppedSlot, IdSpace, Step
-from moe_core_mori import buffers, calls, dispatcher, low_latency, normal, testing, v2, wire
+from moe_core_mori import buffers, calls, dispatcher, low_latency, machines, normal, testing, v2, wire
 
 testing.install()
 MOST = 8

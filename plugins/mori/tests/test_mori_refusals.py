@@ -170,6 +170,15 @@ def older_combine(self, input, weights, indices, block_num=-1, rdma_block_num=-1
     pass
 
 
+def apart(name, machine, **options):
+    "With EP ranks on several machines."
+    before, machines.here = machines.here, lambda: f"machine {machine(rank)}"
+    try:
+        return bound(name, **options)
+    finally:
+        machines.here = before
+
+
 def another_heap():
     "Whatever else uses MoRI in this process has joined it to other ranks."
     testing.install()
@@ -216,6 +225,9 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
         ["mori.ops.EpDispatchCombineOp.dispatch_recv is missing"],
     ),
     "heap": ("bound('mori', heap_gib=1, tokens=300000)", ["BindError: MoRI made no operator for 300000 tokens"]),
+    "two machines": ("apart('mori', lambda r: r)", ["BindError: MoRI is told that EP ranks 0 to "]),
+    "two machines, v2": ("apart('mori_v2', lambda r: r // (ranks // 2))", ["and they are on 2 machines"]),
+    "ranks in turns": ("apart('mori_ll', lambda r: r % 2, gpus_per_node=2)", ["EP ranks 0 to 1 are on one node"]),
     "another heap": ("another_heap()", [" of MoRI's symmetric heap, and EP rank"]),
     "backend": ("bound('mori_v2', backend='cuda')", ["unknown kernel backend 'cuda'"]),
     "micro-batches": ("bound('mori', micro_batches=0)", ["the option micro_batches is a positive number, got 0"]),
@@ -230,6 +242,7 @@ BOUND = {
     "the oldest, ll": "bound('mori_ll', '1.1.1')",
     "the first with V2": "bound('mori_v2', '1.2.2')",
     "many tokens": "bound('mori', tokens=4096)",
+    "two nodes": "apart('mori', lambda r: r // (ranks // 2), gpus_per_node=ranks // 2)",
 }
 
 AGAIN = {f"again {name}": f"given_up({name!r})[2]" for name in ("mori", "mori_ll", "mori_v2")}

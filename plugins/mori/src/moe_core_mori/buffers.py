@@ -20,6 +20,7 @@ from moe_core.errors import BindError, ContractViolation
 from moe_core.protocols import Binding
 from moe_core_mori import calls
 from moe_core_mori.launch import Launch
+from moe_core_mori.machines import check_nodes
 
 #: Operators made for fewer tokens a rank were reported to corrupt rows (ROCm/mori issue 356).
 FEWEST_TOKENS: Final = 256
@@ -211,6 +212,7 @@ def _take(group: Any, need: Need) -> Shared:
         if shared.group is group and shared.need == need:
             shared.users += 1
             return shared
+    check_nodes(group, need.ranks if need.launch is None else need.launch.gpus_per_node)
     made = Shared(group, need)
     made.make()
     made.users = 1
