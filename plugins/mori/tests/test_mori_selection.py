@@ -87,6 +87,13 @@ def test_every_reason_against_it(name: str, changes: dict[str, Any], expected: s
     assert codes(name, **changes) == expected
 
 
+def test_the_hint_names_an_option_that_is_there() -> None:
+    verdicts = ask(ranks=6, num_experts=240).verdicts
+    hints = {v.spec.name: r.hint for v in verdicts for r in v.reasons if r.code == "parallel.ep"}
+    assert hints["mori_v2"] is None
+    assert "options={'mori_ll': {'gpus_per_node': 4}}" in hints["mori_ll"]
+
+
 def request(ranks: int, tokens: int, hardware: str = "mi300x") -> PlanRequest:
     parallel = ParallelConfig(ep_size=ranks, tokens="sharded")
     return PlanRequest(config=LAYER, parallel=parallel, hardware=profile(hardware), max_tokens=tokens)

@@ -19,8 +19,8 @@ _CHOICES: dict[str, Callable[[PlanRequest, Mapping[str, Any]], Launch]] = {
 
 def why_not(request: PlanRequest, subject: str) -> list[Reason]:
     """Rules of all its dispatchers: the numbers of ranks that its kernels run on."""
-    ranks = request.parallel.ep_size
-    options = request.settings.options.get(subject.partition(":")[2], {})
+    ranks, name = request.parallel.ep_size, subject.partition(":")[2]
+    options = request.settings.options.get(name, {})
     node = options.get("gpus_per_node", NODE)
     if type(node) is not int or node not in NODES:
         return []  # refused in words when the plan is bound
@@ -28,7 +28,8 @@ def why_not(request: PlanRequest, subject: str) -> list[Reason]:
         return []
     small = [str(n) for n in (2, 4) if n < node]
     needed = ", ".join([*small, f"or a multiple of {node}"]) if small else f"a multiple of {node}"
-    hint = None if node != NODE else "say how many GPUs a node has: options={'mori': {'gpus_per_node': 4}}"
+    known = name in _CHOICES and node == NODE
+    hint = f"say how many GPUs a node has: options={{'{name}': {{'gpus_per_node': 4}}}}" if known else None
     return [Reason(subject, "parallel.ep", f"runs on {needed} ranks", needed, str(ranks), hint)]
 
 
