@@ -61,6 +61,15 @@ def _layer(support: Support, request: PlanRequest, subject: str) -> Iterator[Rea
     if config.group_size is not None and config.group_size not in support.group_sizes:
         found = _names(support.group_sizes)
         yield Reason(subject, "quant.group_size", f"no group size {config.group_size}", str(config.group_size), found)
+    if config.scheme in support.needs_input_scales and request.input_scales is False:
+        yield Reason(
+            subject,
+            "quant.input_scales",
+            f"runs {config.scheme} with static input scales only, and these weights have none",
+            "w13_input_scale and w2_input_scale",
+            "none",
+            hint="give CanonicalWeights the checkpoint's input scales, one an expert",
+        )
     if config.dtype not in support.dtypes:
         found = _names(support.dtypes)
         yield Reason(subject, "dtype", f"does not run {config.dtype}; it runs {found}", config.dtype, found)

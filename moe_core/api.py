@@ -53,6 +53,7 @@ def make_request(
     caller_does: Iterable[Step] = (),
     caller_can: Iterable[Step] = (),
     max_tokens: int | None = None,
+    input_scales: bool | None = None,
     assume: Iterable[str] = (),
     **choices: Any,
 ) -> PlanRequest:
@@ -82,6 +83,7 @@ def make_request(
         caller_does=frozenset(_member(Step, "step", step) for step in _names(caller_does)),
         caller_can=frozenset(_member(Step, "step", step) for step in _names(caller_can)),
         max_tokens=max_tokens,
+        input_scales=input_scales,
         assume=_names(assume),
         settings=settings or Settings.load(**choices),
     )
@@ -181,7 +183,8 @@ def plan(
         where = hardware
         if where is None:
             where = _hardware.detect_cpu() if weights.device.type == "cpu" else detect_hardware(registry)
-        made = make_request(config, parallel, where, registry=registry, **request)
+        scales = weights.w13_input_scale is not None and weights.w2_input_scale is not None
+        made = make_request(config, parallel, where, registry=registry, **{"input_scales": scales, **request})
         if made.assume:
             raise BindError("assume= is for explaining hardware that is not here; a plan can take nothing for granted")
         installed = registry or default_registry(made.settings)

@@ -39,6 +39,7 @@ REASON_CODES: Final[Mapping[str, str]] = {
     "quant.unknown": "no plugin describes this quant scheme",
     "quant.shape": "the scheme cannot store matrices of this shape",
     "quant.group_size": "does not run this group size",
+    "quant.input_scales": "needs static input scales with this quant scheme, and the weights have none",
     "dtype": "does not run this dtype",
     "activation": "does not have this activation function",
     "activation.gated": "does not run gated (or non-gated) layers",
@@ -205,6 +206,7 @@ class Support:
     features: open strings; those the core derives from a layer are `bias`, `router_weight_on_input` and
     `no_combine`; callers may require `compile`, `deterministic`, `lora`, `inplace` and plugins' own.
     graph_capture, host_sync: the phases in which it can be captured in a device graph / synchronizes the host.
+    needs_input_scales: schemes that it runs only with static input scales: its kernels quantize GEMM2's tokens by them.
     even_experts: every EP rank must hold the same number of experts. tokens: how a dispatcher or fused path takes them
     with EP: "replicated" (every rank brings all tokens) or "sharded" (each brings its own).
     Of a dispatcher, `dtypes` limit it only where they are given, and the feature `no_combine` means that it can
@@ -226,6 +228,7 @@ class Support:
     graph_capture: frozenset[Phase] = frozenset()
     host_sync: frozenset[Phase] = frozenset()
     group_sizes: frozenset[int] = frozenset()
+    needs_input_scales: frozenset[SchemeId] = frozenset()
     hidden_multiple: int = 1
     intermediate_multiple: int = 1
     hidden_sizes: frozenset[int] = frozenset()

@@ -21,6 +21,7 @@ class PlanRequest:
     no_host_sync: phases that must be capturable in a device graph / must not synchronize. incoming: how the caller
     writes dropped slots. caller_does: steps already done when the plan is called, or done by the caller afterwards;
     caller_can: steps it will do if the plan says so. max_tokens: the most tokens of one call, for workspaces.
+    input_scales: whether the weights bring static input scales; None: not known yet, and taken as given.
     assume: what is taken for granted on hardware that is not here: "dependencies", "targets".
     """
 
@@ -37,6 +38,7 @@ class PlanRequest:
     caller_does: frozenset[Step] = frozenset()
     caller_can: frozenset[Step] = frozenset()
     max_tokens: int | None = None
+    input_scales: bool | None = None
     assume: frozenset[str] = frozenset()
     settings: Settings = field(default_factory=Settings)
 

@@ -144,6 +144,8 @@ class Resolution:
         """16 hex digits over the problem, the choice, its terms and the versions involved; equal on all ranks."""
         chosen = self.chosen
         request = self.request.to_json()
+        # Known only when weights are there; what follows from it is in the choice.
+        request.pop("input_scales")
         for rank in ("ep_rank", "tp_rank"):
             request["parallel"].pop(rank)
         # The product's name may differ between ranks that run the same code.

@@ -15,7 +15,8 @@ from torch import Tensor  # noqa: TID253
 from moe_core.config import MoeConfig, ParallelConfig
 from moe_core.errors import ConfigError
 from moe_core.hardware import GIB
-from moe_core.quant import QuantScheme
+from moe_core.quant import QuantScheme, builtin_scheme
+from moe_core.testing.layers import input_scales_of
 from moe_core.topk import TopKOutput
 from moe_core.weights import CanonicalWeights, torch_dtype
 
@@ -101,6 +102,10 @@ def random_weights(config: MoeConfig, parallel: ParallelConfig, device: torch.de
         dtype = torch_dtype(config.dtype)
         few.w13_bias = torch.randn(unique, rows, generator=random).to(dtype)
         few.w2_bias = torch.randn(unique, config.hidden_size, generator=random).to(dtype)
+    scheme = builtin_scheme(config.scheme)
+    if scheme.static_activation:  # checkpoints of these schemes have them, and some runners need them
+        for name, scale in input_scales_of(unique, scheme).items():
+            setattr(few, name, scale)
     which = torch.arange(experts) % unique
     return CanonicalWeights(**{name: tensor[which].to(device) for name, tensor in few.tensors().items()})
 

@@ -178,8 +178,11 @@ class Setup:
         """All experts, and tokens."""
         from moe_core.testing.layers import make_layer
 
+        needed = self.config.scheme in self.lane.runner.support.needs_input_scales
         device = self.case.site.device
-        return make_layer(self.config, seed, tokens=tokens, pattern=pattern, scheme=self.scheme, device=device)
+        return make_layer(
+            self.config, seed, tokens=tokens, pattern=pattern, scheme=self.scheme, input_scales=needed, device=device
+        )
 
     def plan(
         self, weights: CanonicalWeights, parallel: ParallelConfig | None = None, registry: Registry | None = None

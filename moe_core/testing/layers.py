@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_core.config import MoeConfig, ParallelConfig
 from moe_core.errors import ConfigError, did_you_mean
 from moe_core.quant import QuantizedTensor, QuantScheme, builtin_scheme, quantize
+from moe_core.quant.packing import E2M1_MAX, E4M3_MAX
 from moe_core.topk import TopKOutput
 from moe_core.weights import CanonicalWeights, torch_dtype
 
@@ -32,12 +33,13 @@ def make_layer(
     tokens: int = 16,
     pattern: str = "uniform",
     scheme: QuantScheme | None = None,
+    input_scales: bool = False,
     device: torch.device | str = "cpu",
 ) -> Layer:
     """Random weights (the rank's share with `parallel`), hidden states and routing for `config`.
 
     The numbers come from `seed` on the CPU, so every device and every rank sees the same layer. scheme: the description
-    of a scheme that is not the core's.
+    of a scheme that is not the core's. input_scales: with static ones, where the scheme may have them.
     """
     described = scheme or builtin_scheme(config.scheme)
     random = torch.Generator().manual_seed(seed)
@@ -49,12 +51,28 @@ def make_layer(
     if config.bias:
         for name, width in (("w13_bias", rows), ("w2_bias", hidden)):
             biases[name] = (torch.randn(experts, width, generator=random) / 2).to(torch_dtype(config.dtype))
+    if input_scales and described.static_activation:
+        biases |= input_scales_of(experts, described)
     weights = _quantize(w13, w2, biases, config, described)
     if parallel is not None:
         weights = weights.shard(config, parallel, described)
     x = torch.randn(tokens, hidden, generator=random).to(torch_dtype(config.dtype))
     topk = make_routing(pattern, tokens, experts, config.top_k, seed + 1, device=device)
     return Layer(weights.to(device), x.to(device), topk)
+
+
+#: Largest values that calibration is taken to have seen in the tokens of GEMM1 and of GEMM2: `make_layer`'s are normal.
+_SEEN: Final = {"w13_input_scale": 6.0, "w2_input_scale": 12.0}
+
+
+def input_scales_of(experts: int, scheme: QuantScheme) -> dict[str, Tensor]:
+    """Static input scales as a calibration gives them: float32 [E] each.
+
+    Those of GEMM1 are equal, since kernels may quantize a token once for all its experts; those of GEMM2 are not.
+    """
+    largest = E4M3_MAX * (E2M1_MAX if scheme.weight_format == "e2m1" else 1)
+    spreads = {"w13_input_scale": torch.ones(experts), "w2_input_scale": torch.linspace(0.8, 1.0, experts)}
+    return {name: seen * spreads[name] / largest for name, seen in _SEEN.items()}
 
 
 def _quantize(
