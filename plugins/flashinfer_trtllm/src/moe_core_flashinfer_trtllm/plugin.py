@@ -9,15 +9,18 @@ from __future__ import annotations
 from moe_core import hookimpl
 from moe_core.capability import Requires, Support
 from moe_core.specs import FusedSpec, PluginInfo, RunnerSpec, Wants
-from moe_core.vocabulary import STANDARD, TOPK_BYPASSED, TOPK_STANDARD, DroppedSlot, IdSpace, Phase, Step
+from moe_core.vocabulary import STANDARD, TOPK_BYPASSED, TOPK_STANDARD, DroppedSlot, IdSpace, Maturity, Phase, Step
 
 _FLASHINFER = Requires(
     module="flashinfer",
     submodule="fused_moe",
     distribution="flashinfer-python",
-    min_version="0.6",
-    hint="pip install 'flashinfer-python>=0.6'",
+    min_version="0.7",
+    hint="pip install 'flashinfer-python>=0.7'",
 )
+#: GEMM1's epilogue quantizes by a scale that is known before.
+_CALIBRATED = frozenset({"fp8_tensor", "nvfp4"})
+_DISTINCT = "promise that no token names an expert twice: spares a few small kernels that merge such slots (off)"
 
 TRTLLM = RunnerSpec(
     name="flashinfer_trtllm",
@@ -50,6 +53,7 @@ TRTLLM = RunnerSpec(
         max_top_k=32,
         max_experts=512,
         placements=frozenset({"linear"}),
+        needs_input_scales=_CALIBRATED,
         requires=(_FLASHINFER,),
     ),
 )
@@ -59,13 +63,17 @@ CUTLASS = RunnerSpec(
     summary="FlashInfer's CUTLASS fused MoE for Hopper and Blackwell",
     factory="moe_core_flashinfer_trtllm.cutlass:CutlassRunner",
     prepare="moe_core_flashinfer_trtllm.cutlass_weights:prepare",
-    update="moe_core_flashinfer_trtllm.cutlass_weights:update",
+    requirements="moe_core_flashinfer_trtllm.rules:cutlass_sizes",
+    tune="moe_core_flashinfer_trtllm.cutlass_tune:tune",
     layouts=frozenset({"up_gate_rows", "mxfp4_sm90_interleaved", "nvfp4_swizzled"}),
     # Below Triton: on Hopper the published numbers go either way, and its module may take over an hour to compile.
     priority=90,
     why_not="moe_core_flashinfer_trtllm.rules:cutlass",
+    # Evidence: tests/test_cutlass.py, over a strict double.
+    maturity={"sm_90": Maturity.CONTRACT, "sm_100..sm_103": Maturity.CONTRACT, "sm_120..sm_121": Maturity.CONTRACT},
     options={
-        "fused_finalize": "sum the top-k slots in GEMM2's epilogue with atomics: not deterministic, less exact (off)"
+        "fused_finalize": "sum the top-k slots in GEMM2's epilogue with atomics: not deterministic, less exact (off)",
+        "distinct_experts": _DISTINCT,
     },
     support=Support(
         devices={"cuda": ("sm_90", "sm_100..sm_103", "sm_120..sm_121")},
@@ -86,13 +94,16 @@ CUTLASS = RunnerSpec(
         needs_max_tokens=True,
         placements=frozenset({"linear"}),
         even_experts=True,
+        needs_input_scales=_CALIBRATED,
         requires=(_FLASHINFER,),
     ),
 )
 
+# Local ids come from dispatchers that send rows to the ranks of their experts.
 _WANTS = Wants(
-    id_spaces=(IdSpace.GLOBAL,),
+    id_spaces=(IdSpace.GLOBAL, IdSpace.LOCAL),
     dropped=(DroppedSlot.NEGATIVE, DroppedSlot.NEVER),
+    optional=frozenset({"num_valid"}),
     can=frozenset({Step.ROUTED_SCALING}),
     always=frozenset({Step.ROUTER_WEIGHT, Step.TOPK_SUM}),
 )

@@ -8,6 +8,7 @@ from moe_core.capability import Reason
 from moe_core.config import MoeConfig
 from moe_core.request import PlanRequest
 from moe_core.vocabulary import TOPK_BYPASSED
+from moe_core.weights import WeightRequirements
 
 _CLAMPED = frozenset({"mxfp8", "nvfp4", "mxfp4_w4a16"})
 #: Sizes that the kernels need. mxfp4 is not listed: its weights and tokens are padded by the plugin.
@@ -72,6 +73,18 @@ def cutlass(request: PlanRequest, subject: str) -> list[Reason]:
             )
         )
     return reasons
+
+
+def cutlass_sizes(request: PlanRequest) -> WeightRequirements:
+    """Sizes to allocate for `flashinfer_cutlass`: the four-bit kernels for Hopper read tiles of 64 rows by 128 of K."""
+    return _padded(request, 128 if request.config.scheme == "mxfp4_w4a16" else 1)
+
+
+def _padded(request: PlanRequest, multiple: int) -> WeightRequirements:
+    hidden, inner = request.config.hidden_size, request.local_intermediate_size
+    return WeightRequirements(
+        hidden_size=-(-hidden // multiple) * multiple, intermediate_size=-(-inner // multiple) * multiple
+    )
 
 
 def routing_method(config: MoeConfig) -> str | None:
