@@ -6,6 +6,8 @@ their experts by an offset into global ids, so only contiguous (linear) placemen
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moe_core import hookimpl
 from moe_core.capability import Requires, Support
 from moe_core.specs import FusedSpec, PluginInfo, RunnerSpec, Wants
@@ -27,22 +29,28 @@ TRTLLM = RunnerSpec(
     summary="FlashInfer's TensorRT-LLM kernels for Blackwell, with or without the router in the kernel",
     factory="moe_core_flashinfer_trtllm.trtllm:TrtllmRunner",
     prepare="moe_core_flashinfer_trtllm.trtllm_weights:prepare",
-    update="moe_core_flashinfer_trtllm.trtllm_weights:update",
+    requirements="moe_core_flashinfer_trtllm.rules:trtllm_sizes",
+    tune="moe_core_flashinfer_trtllm.trtllm_tune:tune",
     layouts=frozenset(
         {
             "bf16_block_major",
-            "fp8_block_major_k",
+            "fp8_up_gate_rows",
             "fp8_tensor_shuffled",
             "mxfp8_shuffled",
             "nvfp4_shuffled",
             "mxfp4_shuffled",
+            "mxint4_block_major",
         }
     ),
     priority=200,
+    # Evidence: tests/test_trtllm.py, over a strict double.
+    maturity={"sm_100..sm_103": Maturity.CONTRACT},
+    options={"distinct_experts": _DISTINCT},
     why_not="moe_core_flashinfer_trtllm.rules:trtllm",
     support=Support(
         devices={"cuda": ("sm_100..sm_103",)},
-        schemes=frozenset({"bf16", "fp8_block128", "fp8_tensor", "mxfp8", "nvfp4", "mxfp4_w4a16"}),
+        schemes=frozenset({"bf16", "fp8_block128", "fp8_tensor", "mxfp8", "nvfp4", "mxfp4_w4a16", "int4_w4a16"}),
+        group_sizes=frozenset({32}),
         dtypes=frozenset({"bfloat16"}),
         activations=frozenset({"silu", "relu2", "swiglu_oai"}),
         gated=frozenset({True, False}),
@@ -100,7 +108,7 @@ CUTLASS = RunnerSpec(
 )
 
 # Local ids come from dispatchers that send rows to the ranks of their experts.
-_WANTS = Wants(
+_CUTLASS_WANTS = Wants(
     id_spaces=(IdSpace.GLOBAL, IdSpace.LOCAL),
     dropped=(DroppedSlot.NEGATIVE, DroppedSlot.NEVER),
     optional=frozenset({"num_valid"}),
@@ -108,18 +116,21 @@ _WANTS = Wants(
     always=frozenset({Step.ROUTER_WEIGHT, Step.TOPK_SUM}),
 )
 
+# Tokens that travelled quantized are taken as they are.
+_TRTLLM_WANTS = replace(_CUTLASS_WANTS, payloads=("fp8_group128", "mxfp8", "bf16"))
+
 FUSED = (
     FusedSpec(
         runner="flashinfer_trtllm",
         format=STANDARD,
         target="moe_core_flashinfer_trtllm.trtllm:fused_standard",
-        wants=_WANTS,
+        wants=_TRTLLM_WANTS,
     ),
     FusedSpec(
         runner="flashinfer_cutlass",
         format=STANDARD,
         target="moe_core_flashinfer_trtllm.cutlass:fused_standard",
-        wants=_WANTS,
+        wants=_CUTLASS_WANTS,
     ),
 )
 

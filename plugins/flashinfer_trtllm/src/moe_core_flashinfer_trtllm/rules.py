@@ -10,10 +10,18 @@ from moe_core.request import PlanRequest
 from moe_core.vocabulary import TOPK_BYPASSED
 from moe_core.weights import WeightRequirements
 
-_CLAMPED = frozenset({"mxfp8", "nvfp4", "mxfp4_w4a16"})
-#: Sizes that the kernels need. mxfp4 is not listed: its weights and tokens are padded by the plugin.
-_TRTLLM_MULTIPLE = {"bf16": 128, "fp8_block128": 128, "fp8_tensor": 128, "mxfp8": 128, "nvfp4": 128}
+#: Sizes that the kernels need. mxfp4_w4a16 is not listed: its weights and tokens are padded by the plugin.
+_TRTLLM_MULTIPLE = {
+    "bf16": 128,
+    "fp8_block128": 128,
+    "fp8_tensor": 128,
+    "mxfp8": 128,
+    "nvfp4": 128,
+    "int4_w4a16": 256,
+}
 _CUTLASS_MULTIPLE = {"bf16": 8, "fp8_tensor": 16, "fp8_block128": 128, "nvfp4": 128}
+#: DeepSeek's grouped routing: slots of a token, by the number of experts that the kernel is made for.
+_GROUPED_TOP_K, _GROUPED_MANY_TOP_K, _GROUPED_EXPERTS = 8, 22, 384
 
 
 def trtllm(request: PlanRequest, subject: str) -> list[Reason]:
@@ -25,12 +33,25 @@ def trtllm(request: PlanRequest, subject: str) -> list[Reason]:
         *_sizes(request, subject, _TRTLLM_MULTIPLE),
         *_bias(config, subject, frozenset({"mxfp4_w4a16"})),
     ]
-    if activation.name == "swiglu_oai" and scheme not in _CLAMPED:
-        reasons.append(Reason(subject, "activation", f"has no swiglu_oai with {scheme}", ", ".join(sorted(_CLAMPED))))
-    elif activation.limit is not None and (scheme not in _CLAMPED or not activation.gated):
+    if activation.name == "swiglu_oai" and scheme == "fp8_tensor":
+        reasons.append(Reason(subject, "activation", "has no swiglu_oai with fp8_tensor", "another scheme", scheme))
+    elif activation.limit is not None and (scheme == "fp8_tensor" or not activation.gated):
         reasons.append(Reason(subject, "activation.limit", f"cannot clamp {activation.name} with {scheme}"))
-    if activation.name == "relu2" and scheme == "mxfp4_w4a16":
-        reasons.append(Reason(subject, "activation", "has no relu2 with mxfp4_w4a16"))
+    if activation.name == "relu2" and scheme in ("mxfp4_w4a16", "int4_w4a16"):
+        reasons.append(Reason(subject, "activation", f"has no relu2 with {scheme}"))
+    if scheme == "int4_w4a16" and config.group_size != 32:
+        found = str(config.group_size or "the default")
+        reasons.append(Reason(subject, "quant.group_size", f"runs int4 in groups of 32, not {found}", "32", found))
+    if scheme in ("fp8_block128", "mxfp8") and (config.num_experts % 4 or config.num_experts <= config.top_k):
+        reasons.append(
+            Reason(
+                subject,
+                "shape.num_experts",
+                f"runs {scheme} with a multiple of 4 experts, more than top_k",
+                f"a multiple of 4 above {config.top_k}",
+                str(config.num_experts),
+            )
+        )
     if config.router_weight_on_input and (scheme != "fp8_tensor" or config.top_k != 1):
         reasons.append(
             Reason(
@@ -87,40 +108,61 @@ def _padded(request: PlanRequest, multiple: int) -> WeightRequirements:
     )
 
 
+def trtllm_sizes(request: PlanRequest) -> WeightRequirements:
+    """Sizes to allocate for `flashinfer_trtllm`: whole tiles of its shuffled weights."""
+    return _padded(request, 128 if request.config.scheme == "mxfp4_w4a16" else 1)
+
+
 def routing_method(config: MoeConfig) -> str | None:
     """The name in FlashInfer's `RoutingMethodType` of the layer's routing; None where the kernels have none.
 
-    Only those that every supported FlashInfer version has.
+    Not used: `TopK` gives the logits themselves as weights, which no routing of the core does (it serves choices that
+    were made outside), and `Unspecified` is none. Without a method of their own are: a bias for softmax or without
+    renormalization, groups but by the two best sigmoid scores with a bias, top-k of logits with a bias, and
+    `topk_sigmoid` with renormalization.
     """
     routing = config.routing
     if routing.method == "sigmoid" and routing.correction_bias and routing.renormalize:
-        grouped = routing.num_groups > 1
-        return "DeepSeekV3" if not grouped or routing.group_score == "top2_sum" else None
+        if routing.num_groups == 1:
+            return "MiniMax2"
+        return "DeepSeekV3" if routing.group_score == "top2_sum" else None
     if routing.correction_bias or routing.num_groups > 1:
         return None
     if routing.method == "softmax":
         return "RenormalizeNaive" if routing.renormalize else "Default"
     if routing.method == "topk_softmax":
         return "Renormalize"  # softmax over the chosen already sums to 1
-    if routing.method == "topk_sigmoid" and config.top_k == 1 and not routing.renormalize:
-        return "Llama4"
+    if routing.method == "sigmoid":
+        return "SigmoidRenorm" if routing.renormalize else "Sigmoid"
+    if routing.method == "topk_sigmoid" and not routing.renormalize:
+        return "Llama4" if config.top_k == 1 else "TopKSigmoid"
     return None
+
+
+def scales_in_kernel(config: MoeConfig) -> bool:
+    """Whether the routing kernel applies `routed_scaling_factor`: only DeepSeek's does in every version."""
+    return routing_method(config) == "DeepSeekV3"
 
 
 def _bypassed(config: MoeConfig, subject: str) -> Iterator[Reason]:
     hint = "let the caller route, and pass a TopKOutput"
-    method = routing_method(config)
+    routing, method = config.routing, routing_method(config)
     if method is None:
-        what = str(config.routing)
+        what = str(routing)
         yield Reason(subject, "topk.format", f"the kernels do not route by {what}", found=what, hint=hint)
-    if method == "DeepSeekV3" and config.top_k > 22:
-        yield Reason(subject, "shape.top_k", "routes to 22 experts at most", "22", str(config.top_k), hint)
-    if method == "DeepSeekV3" and config.routing.topk_groups > 4:
-        found = str(config.routing.topk_groups)
+    if method != "DeepSeekV3":
+        return
+    most = _GROUPED_TOP_K if config.num_experts <= _GROUPED_EXPERTS else _GROUPED_MANY_TOP_K
+    if config.top_k > most:
+        message = f"routes by groups to {most} of {config.num_experts} experts at most"
+        yield Reason(subject, "shape.top_k", message, str(most), str(config.top_k), hint)
+    if routing.topk_groups > 4:
+        found = str(routing.topk_groups)
         yield Reason(subject, "topk.format", "routes to 4 expert groups at most", "4", found, hint)
-    if config.scheme == "fp8_block128" and config.num_experts % 4:
-        found = str(config.num_experts)
-        yield Reason(subject, "shape.num_experts", "routes among a multiple of 4 experts", "4", found, hint)
+    eligible = routing.topk_groups * config.num_experts // routing.num_groups
+    if config.top_k >= eligible:
+        message = f"routes to fewer experts than the {eligible} of the chosen groups"
+        yield Reason(subject, "shape.top_k", message, f"below {eligible}", str(config.top_k), hint)
 
 
 def _gated(config: MoeConfig, subject: str) -> Iterator[Reason]:

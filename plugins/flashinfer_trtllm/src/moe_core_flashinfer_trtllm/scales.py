@@ -53,6 +53,13 @@ def calibration(weights: CanonicalWeights, binding: Binding) -> Calibration:
     return Calibration(gate.contiguous(), ratio.contiguous(), w2[:, 0].contiguous(), *inputs)
 
 
+def gate_equals_up(weights: CanonicalWeights, binding: Binding) -> bool:
+    """Whether gate and up of every expert have one scale of the whole tensor."""
+    scale = getattr(weights, "w13_scale" if binding.scheme.id == "fp8_tensor" else "w13_global_scale")
+    two = scale is not None and scale.dim() > 1 and scale.shape[-1] > 1
+    return not two or not bool((scale[:, 0] != scale[:, 1]).any())
+
+
 def require_linear_up(weights: CanonicalWeights, binding: Binding, runner: str) -> None:
     """Refuse different scales of gate and up where the kernels have one for both and cannot move the difference.
 
@@ -60,12 +67,8 @@ def require_linear_up(weights: CanonicalWeights, binding: Binding, runner: str) 
     proportional to up. Raises WeightError.
     """
     activation = binding.config.activation
-    suffix = "scale" if binding.scheme.id == "fp8_tensor" else "global_scale"
-    scale = getattr(weights, f"w13_{suffix}")
-    if scale is None or scale.dim() < 2 or scale.shape[-1] < 2:
-        return
     linear = activation.name != "swiglu_oai" and activation.limit is None
-    if not linear and bool((scale[:, 0] != scale[:, 1]).any()):
+    if not linear and not gate_equals_up(weights, binding):
         raise WeightError(
             f"{runner} has one scale for gate and up of an expert, and {activation.name} with "
             f"{'a limit' if activation.limit is not None else 'beta'} does not let them differ",
