@@ -8,7 +8,6 @@ import inspect
 import os
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import double_formats
@@ -16,6 +15,8 @@ import flashinfer_double
 import flashinfer_enums
 import pytest
 import torch
+
+import moe_core
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,8 @@ FUNCTIONS = [
     for name, value in functions.items()
     if not isinstance(value, type)
 ]
+#: Defaults that the plugin relies on where it leaves an argument out.
+DEFAULTS = {"do_finalize": True, "tp_size": 1, "swizzled_input_sf": True, "is_sf_8x4_layout": False, "backend": None}
 
 
 @pytest.mark.parametrize(("place", "name"), FUNCTIONS)
@@ -56,6 +59,9 @@ def test_every_double_has_the_signature_of_what_it_stands_for(installed: Any, pl
     ours = flashinfer_double.PLACES[place][name]
     theirs = getattr(importlib.import_module(place), name)
     assert _shape(ours) == _shape(theirs)
+    for name, default in DEFAULTS.items():
+        found = inspect.signature(theirs).parameters.get(name)
+        assert found is None or default is None or found.default == default
 
 
 @pytest.mark.parametrize("name", sorted(flashinfer_double.PLACES["flashinfer.tllm_enums"]))
@@ -63,6 +69,14 @@ def test_enums_have_these_numbers(installed: Any, name: str) -> None:
     theirs = getattr(importlib.import_module("flashinfer.tllm_enums"), name)
     for member in getattr(flashinfer_enums, name):
         assert int(getattr(theirs, member.name)) == int(member), member
+
+
+def test_every_routing_method_is_accounted_for(installed: Any) -> None:
+    """A new one in FlashInfer may serve a routing of the core: look at `rules.routing_method`."""
+    from test_routing_in_kernel import METHODS, UNUSED
+
+    theirs = importlib.import_module("flashinfer.tllm_enums").RoutingMethodType
+    assert {member.name for member in theirs} == {*METHODS, *UNUSED}
 
 
 def test_scales_of_hopper_are_folded_as_flashinfer_folds_them(installed: Any) -> None:
@@ -109,12 +123,36 @@ def _word(raw: int) -> int:
     return sum((raw & mask) << shift if shift > 0 else (raw & mask) >> -shift for mask, shift in moves)
 
 
-def test_what_the_plugin_calls_binds_to_the_real_signatures(installed: Any) -> None:
-    """Every name that the plugin passes is there: what `library.check_call` asks when a plan is bound."""
-    from moe_core_flashinfer_trtllm.cutlass import GIVEN
-    from moe_core_flashinfer_trtllm.library import check_call
+@pytest.mark.parametrize("runner", ["flashinfer_trtllm", "flashinfer_cutlass"])
+@pytest.mark.parametrize("bypassed", [False, True])
+def test_plans_bind_to_the_real_signatures(
+    installed: Any, runner: str, bypassed: bool, double: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole plans over the double, with every call checked against the signature of the installed function."""
+    from moe_core_flashinfer_trtllm import cutlass, library, trtllm, trtllm_tokens
+    from moe_core_flashinfer_trtllm.plugin import CUTLASS, TRTLLM
 
-    fixed = {"ep_size", "ep_rank", "activation_type", "use_fused_finalize", "output_dtype"}
-    flags = {"use_deepseek_fp8_block_scale", "use_w4_group_scaling", "swiglu_alpha", "swiglu_beta", "swiglu_limit"}
-    check_call(installed.fused_moe.cutlass_fused_moe, {*GIVEN, *fixed, *flags})
-    assert Path(installed.__file__).name == "__init__.py"
+    from moe_core.vocabulary import TOPK_BYPASSED, TOPK_STANDARD
+
+    if bypassed and runner == "flashinfer_cutlass":
+        pytest.skip("it does not route")
+    checked = set()
+
+    def bind(name: str, fixed: Any, given: Any, place: str = "flashinfer.fused_moe") -> Any:
+        source = installed if place == "flashinfer" else getattr(installed, place.partition(".")[2])
+        library.check_call(getattr(source, name), {*fixed, *given}, name)
+        checked.add(name)
+        return library.bind_call(name, fixed, given, place)
+
+    for module in (cutlass, trtllm, trtllm_tokens):
+        monkeypatch.setattr(module, "bind_call", bind)
+    spec = TRTLLM if runner == "flashinfer_trtllm" else CUTLASS
+    for scheme in sorted(spec.support.schemes):
+        sizes = {"group_size": 32, "intermediate_size": 256} if scheme == "int4_w4a16" else {}
+        for activation in (moe_core.Activation(), moe_core.Activation.swiglu_oai()):
+            if scheme == "fp8_tensor" and activation.name != "silu":
+                continue
+            layer = flashinfer_double.config(scheme, **({"num_experts": 8, "activation": activation} | sizes))
+            format_ = TOPK_BYPASSED if bypassed else TOPK_STANDARD
+            flashinfer_double.plan(runner, layer, flashinfer_double.layer_of(layer).weights, topk_format=format_)
+    assert len(checked) >= (2 if runner == "flashinfer_cutlass" else 7)

@@ -22,7 +22,7 @@ def microseconds(call: Callable[[], object], device: torch.device) -> float:
             call()
             readings.append((time.perf_counter() - start) * 1e6)
         return statistics.median(readings)
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(2):  # workspaces of a new stream, lazily loaded kernels
@@ -41,7 +41,7 @@ def microseconds(call: Callable[[], object], device: torch.device) -> float:
 
 def _replays(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, count: int) -> float:
     """Microseconds of one replay."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record(stream)
     for _ in range(count):
         graph.replay()

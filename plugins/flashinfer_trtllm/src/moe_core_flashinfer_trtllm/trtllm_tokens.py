@@ -42,7 +42,7 @@ def tokens_reader(binding: Binding) -> Reader:
 
 def group_quantize(hidden: Tensor) -> tuple[Tensor, Tensor]:
     """[T, H] -> float8 [T, H] and the scales of 128 values each, float32 [H / 128, T]: amax / 448, at least 2^-100."""
-    groups = hidden.float().unflatten(1, (-1, GROUP))
+    groups = hidden.float().view(hidden.shape[0], hidden.shape[1] // GROUP, GROUP)
     scale = groups.abs().amax(dim=2).div_(E4M3_MAX)
     scale = torch.where(scale == 0, 1.0, scale).clamp_(min=2.0**-100)
     codes = (groups / scale.unsqueeze(2)).clamp_(-E4M3_MAX, E4M3_MAX)
