@@ -26,8 +26,8 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """`flashinfer` is the double in this test, and nobody's tuned kernels are read."""
-    import flashinfer_double
+    import trtllm_double
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    flashinfer_double.install(monkeypatch)
-    return flashinfer_double
+    trtllm_double.install(monkeypatch)
+    return trtllm_double

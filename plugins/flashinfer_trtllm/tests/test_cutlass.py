@@ -6,10 +6,10 @@ import pickle
 from dataclasses import replace
 from typing import Any
 
-import double_cutlass
 import pytest
 import torch
-from flashinfer_double import config, expected, layer_of, plan, verify
+import trtllm_double_cutlass
+from trtllm_double import config, expected, layer_of, plan, verify
 
 from moe_core import Activation, CanonicalWeights, MoeConfig, ParallelConfig, RunningState, TopKOutput
 from moe_core.errors import BindError, UnsupportedOverride, WeightError
@@ -57,7 +57,7 @@ def test_mxfp4_of_sizes_that_need_padding(bias: bool) -> None:
     result = verify(RUNNER, layer)
     assert result.shape[1] == 160
     assert result.is_contiguous()
-    assert double_cutlass.CALLS[-1]["input"].shape[1] == 256
+    assert trtllm_double_cutlass.CALLS[-1]["input"].shape[1] == 256
 
 
 @pytest.mark.parametrize("scheme", ["fp8_tensor", "nvfp4"])
@@ -91,7 +91,7 @@ def test_ranks_of_expert_parallelism_sum_to_the_layer(scheme: str) -> None:
         parallel = ParallelConfig(ep_size=3, ep_rank=rank, reduce="caller")
         mine = plan(RUNNER, layer, whole.weights.shard(layer, parallel), parallel)
         total += mine(whole.hidden, whole.topk).float()
-        assert (double_cutlass.CALLS[-1]["ep_size"], double_cutlass.CALLS[-1]["ep_rank"]) == (3, rank)
+        assert (trtllm_double_cutlass.CALLS[-1]["ep_size"], trtllm_double_cutlass.CALLS[-1]["ep_rank"]) == (3, rank)
     assert_close(total.to(torch.bfloat16), expected(layer, whole), "bfloat16", scheme)
 
 
@@ -110,7 +110,7 @@ def test_local_ids_need_no_offset() -> None:
         RUNNER, layer, mine, parallel, dispatcher="local_only", plugins=(fake_plugin("p", dispatchers=(spec,)),)
     )
     result = local(whole.hidden, whole.topk)
-    assert (double_cutlass.CALLS[-1]["ep_size"], double_cutlass.CALLS[-1]["ep_rank"]) == (1, 0)
+    assert (trtllm_double_cutlass.CALLS[-1]["ep_size"], trtllm_double_cutlass.CALLS[-1]["ep_rank"]) == (1, 0)
     assert_close(result, plan(RUNNER, layer, mine, parallel)(whole.hidden, whole.topk), "bfloat16")
 
 
@@ -133,7 +133,7 @@ def test_no_tokens_launch_nothing() -> None:
     empty = layer_of(layer, tokens=0)
     result = plan(RUNNER, layer, empty.weights)(empty.hidden, empty.topk)
     assert result.shape == (0, 256)
-    assert double_cutlass.CALLS == []
+    assert trtllm_double_cutlass.CALLS == []
 
 
 def test_the_output_is_the_callers_tensor() -> None:
@@ -144,7 +144,7 @@ def test_the_output_is_the_callers_tensor() -> None:
         result = plan_(one.hidden, one.topk, state=RunningState(output=output))
         assert result is output
         assert_close(output, expected(layer, one), "bfloat16")
-    assert double_cutlass.CALLS[-2]["output"].data_ptr() != output.data_ptr()
+    assert trtllm_double_cutlass.CALLS[-2]["output"].data_ptr() != output.data_ptr()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -206,9 +206,9 @@ def test_ranks_that_bring_their_own_tokens_may_send_them_all_to_one() -> None:
 def test_options_reach_the_call(changes: dict[str, Any], option: str) -> None:
     layer = replace(config(), **changes)
     verify(RUNNER, layer, layer_of(layer, 4))
-    assert double_cutlass.CALLS[-1]["use_fused_finalize"] is False
+    assert trtllm_double_cutlass.CALLS[-1]["use_fused_finalize"] is False
     verify(RUNNER, layer, layer_of(layer, 4), options={option: True})
-    assert double_cutlass.CALLS[-1]["use_fused_finalize"] is (option == "fused_finalize")
+    assert trtllm_double_cutlass.CALLS[-1]["use_fused_finalize"] is (option == "fused_finalize")
 
 
 def test_an_option_of_another_type_is_refused() -> None:
@@ -217,7 +217,7 @@ def test_an_option_of_another_type_is_refused() -> None:
 
 
 def test_a_build_without_the_scheme_is_an_error_when_the_plan_is_bound() -> None:
-    double_cutlass.ABSENT.add("bf16")
+    trtllm_double_cutlass.ABSENT.add("bf16")
     with pytest.raises(BindError, match="no CUTLASS kernels for bf16") as error:
         plan(RUNNER, config(), layer_of(config()).weights)
     assert "build_cutlass" in str(error.value)

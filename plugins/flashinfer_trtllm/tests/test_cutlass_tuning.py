@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import double_cutlass
 import pytest
 import torch
-from flashinfer_double import config, layer_of, plan
+import trtllm_double_cutlass
 from moe_core_flashinfer_trtllm import cutlass_tune
 from moe_core_flashinfer_trtllm.cutlass_store import Tactics, merge, read
+from trtllm_double import config, layer_of, plan
 
 import moe_core
 from moe_core.errors import BindError, MoeCoreError
@@ -40,7 +40,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, best: tuple[int, int]) -> None:
 
     def microseconds(call: Any, device: torch.device) -> float:
         call()
-        ids = double_cutlass.CALLS[-1]["profile_ids"]
+        ids = trtllm_double_cutlass.CALLS[-1]["profile_ids"]
         return 100.0 + sum(10.0 if a == -1 else abs(a - b) for a, b in zip(ids, best, strict=True))
 
     monkeypatch.setattr(cutlass_tune, "microseconds", microseconds)
@@ -67,28 +67,28 @@ def test_plans_use_what_was_found_and_nothing_else_does(monkeypatch: pytest.Monk
     one = layer_of(layer, tokens=5)
 
     def bound(**settings: Any) -> moe_core.MoePlan:
-        from flashinfer_double import registry
+        from trtllm_double import registry
 
         chosen = moe_core.Settings(runner=RUNNER, **settings)
         return moe_core.plan(layer, one.weights, registry=registry(), settings=chosen, max_tokens=64)
 
     bound(tuning=str(tmp_path))(one.hidden, one.topk)
-    assert double_cutlass.CALLS[-1]["profile_ids"] == [2, 4]
+    assert trtllm_double_cutlass.CALLS[-1]["profile_ids"] == [2, 4]
     bound()(one.hidden, one.topk)
-    assert double_cutlass.CALLS[-1]["profile_ids"] is None
+    assert trtllm_double_cutlass.CALLS[-1]["profile_ids"] is None
     bound(tuning=str(store), options={RUNNER: {"fused_finalize": True}})(one.hidden, one.topk)
-    assert double_cutlass.CALLS[-1]["profile_ids"] is None, "other kernels, other numbers"
+    assert trtllm_double_cutlass.CALLS[-1]["profile_ids"] is None, "other kernels, other numbers"
 
 
 def test_a_kernel_that_computes_something_else_does_not_win(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pretend(monkeypatch, (1, 5))
-    right = double_cutlass._Schemes.run
+    right = trtllm_double_cutlass._Schemes.run
 
     def broken(self: Any, *arguments: Any) -> Any:
         result = right(self, *arguments)
-        return result * float("nan") if (double_cutlass.CALLS[-1]["profile_ids"] or [0])[0] == 1 else result
+        return result * float("nan") if (trtllm_double_cutlass.CALLS[-1]["profile_ids"] or [0])[0] == 1 else result
 
-    monkeypatch.setattr(double_cutlass._Schemes, "run", broken)
+    monkeypatch.setattr(trtllm_double_cutlass._Schemes, "run", broken)
     (row,) = cutlass_tune.tune(job(tmp_path / "s.json", tokens=(4,)))
     assert row.tuned != "kernels 1 and 5"
 
@@ -121,7 +121,7 @@ def test_merging_keeps_what_a_file_holds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["{", json.dumps({"runner": "triton", "format": 1}), "[]"])
 def test_a_named_file_that_is_none_is_an_error(content: str, tmp_path: Path) -> None:
-    from flashinfer_double import registry
+    from trtllm_double import registry
 
     store = tmp_path / "other.json"
     store.write_text(content)

@@ -6,10 +6,10 @@ import pickle
 from dataclasses import replace
 from typing import Any
 
-import double_trtllm
 import pytest
 import torch
-from flashinfer_double import config, expected, layer_of, plan, verify
+import trtllm_double_kernels
+from trtllm_double import config, expected, layer_of, plan, verify
 
 from moe_core import Activation, MoeConfig, ParallelConfig, RunningState
 from moe_core.errors import UnsupportedOverride, WeightError
@@ -60,7 +60,7 @@ def test_mxfp4_with_biases_and_padding(activation: Activation, sizes: tuple[int,
     result = verify(RUNNER, layer)
     assert result.shape[1] == hidden
     assert result.is_contiguous()
-    call = double_trtllm.CALLS[-1]
+    call = trtllm_double_kernels.CALLS[-1]
     padded = hidden % 128 or inner % 128
     assert call.get("valid_hidden_size") == (hidden if padded else None)
     assert call["hidden_states"].shape[1] % 128 == 0
@@ -87,7 +87,7 @@ def test_int4_with_zero_points_is_refused() -> None:
 
 def test_the_router_weight_may_go_on_the_input() -> None:
     verify(RUNNER, of("fp8_tensor", top_k=1, router_weight_on_input=True))
-    assert double_trtllm.CALLS[-1]["use_routing_scales_on_input"] is True
+    assert trtllm_double_kernels.CALLS[-1]["use_routing_scales_on_input"] is True
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -98,7 +98,7 @@ def test_ranks_of_expert_parallelism_sum_to_the_layer(scheme: str) -> None:
     for rank in range(2):
         parallel = ParallelConfig(ep_size=2, ep_rank=rank, reduce="caller")
         total += plan(RUNNER, layer, whole.weights.shard(layer, parallel), parallel)(whole.hidden, whole.topk).float()
-        call = double_trtllm.CALLS[-1]
+        call = trtllm_double_kernels.CALLS[-1]
         assert (call["num_experts"], call["local_expert_offset"], call["local_num_experts"]) == (8, 4 * rank, 4)
     assert_close(total.to(torch.bfloat16), expected(layer, whole), "bfloat16", scheme)
 
@@ -113,7 +113,7 @@ def test_local_ids_among_few_experts(scheme: str, ranks: int) -> None:
     whole = layer_of(layer, 8, tokens=9, pattern="dropped")
     mine, more = whole.weights.shard(layer, parallel), (fake_plugin("p", dispatchers=(spec,)),)
     result = plan(RUNNER, layer, mine, parallel, dispatcher="local_only", plugins=more)(whole.hidden, whole.topk)
-    call = double_trtllm.CALLS[-1]
+    call = trtllm_double_kernels.CALLS[-1]
     assert (call["num_experts"], call["local_expert_offset"], call["local_num_experts"]) == (4, 0, 8 // ranks)
     assert_close(result, plan(RUNNER, layer, mine, parallel)(whole.hidden, whole.topk), "bfloat16", scheme)
 
@@ -136,7 +136,7 @@ def test_no_tokens_launch_nothing(scheme: str) -> None:
     layer = of(scheme)
     empty = layer_of(layer, tokens=0)
     assert plan(RUNNER, layer, empty.weights)(empty.hidden, empty.topk).shape == (0, 256)
-    assert double_trtllm.CALLS == []
+    assert trtllm_double_kernels.CALLS == []
 
 
 def test_the_output_is_the_callers_tensor() -> None:

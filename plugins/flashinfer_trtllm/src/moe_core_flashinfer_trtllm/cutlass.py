@@ -163,7 +163,8 @@ def _warn_of_compiling(binding: Binding) -> None:
     """Say it where the next line compiles for an hour."""
     if binding.device.type != "cuda":
         return
-    name = f"fused_moe_{torch.cuda.get_device_capability(binding.device)[0]}0"
+    major, minor = torch.cuda.get_device_capability(binding.device)
+    name = f"fused_moe_{major}{0 if major == 12 else minor}"
     try:
         env = module("flashinfer.jit.env")
         places = [env.FLASHINFER_AOT_DIR, env.FLASHINFER_JIT_DIR]

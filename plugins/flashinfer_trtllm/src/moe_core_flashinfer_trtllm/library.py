@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_core.errors import BindError, DependencyError
 
-#: What the calls were written against; tests/test_signatures.py compares them with an installed FlashInfer.
+#: What the calls were written against; tests/test_trtllm_signatures.py compares them with an installed FlashInfer.
 WRITTEN_FOR = "0.7.2"
 _HINT = f"install flashinfer-python {WRITTEN_FOR}, or choose another runner by name"
 

@@ -1,7 +1,8 @@
 """What this plugin offers to moe_core, as data. Never imports torch or flashinfer.
 
 Both runners are fused-only: FlashInfer's entry points take tokens and routing and return the summed result. They find
-their experts by an offset into global ids, so only contiguous (linear) placement fits, and skip negative ids.
+their experts by an offset into global ids, so only contiguous (linear) placement fits, and skip negative ids. Local ids
+are global ones with an offset of 0.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ TRTLLM = RunnerSpec(
     ),
     priority=200,
     # Evidence: tests/test_trtllm.py, over a strict double.
-    maturity={"sm_100..sm_103": Maturity.CONTRACT},
+    maturity=dict.fromkeys(("sm_100", "sm_103"), Maturity.CONTRACT),
     options={"distinct_experts": _DISTINCT},
     why_not="moe_core_flashinfer_trtllm.rules:trtllm",
     support=Support(
@@ -78,7 +79,7 @@ CUTLASS = RunnerSpec(
     priority=90,
     why_not="moe_core_flashinfer_trtllm.rules:cutlass",
     # Evidence: tests/test_cutlass.py, over a strict double.
-    maturity={"sm_90": Maturity.CONTRACT, "sm_100..sm_103": Maturity.CONTRACT, "sm_120..sm_121": Maturity.CONTRACT},
+    maturity=dict.fromkeys(("sm_90", "sm_100", "sm_103", "sm_120", "sm_121"), Maturity.CONTRACT),
     options={
         "fused_finalize": "sum the top-k slots in GEMM2's epilogue with atomics: not deterministic, less exact (off)",
         "distinct_experts": _DISTINCT,

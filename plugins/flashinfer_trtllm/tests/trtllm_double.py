@@ -7,12 +7,12 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
-import double_autotuner
-import double_cutlass
-import double_trtllm
-import flashinfer_enums
 import pytest
 import torch
+import trtllm_double_autotuner
+import trtllm_double_cutlass
+import trtllm_double_enums
+import trtllm_double_kernels
 from moe_core_flashinfer_trtllm import trtllm_layouts
 from moe_core_flashinfer_trtllm.plugin import CUTLASS, TRTLLM, FlashInferTrtllmPlugin
 from torch import Tensor
@@ -28,9 +28,9 @@ from moe_core.testing.layers import Layer
 VERSION = "0.7.2.double"
 #: Where the double keeps each function.
 PLACES: dict[str, dict[str, Any]] = {
-    "flashinfer": {"block_scale_interleave": double_cutlass.block_scale_interleave, **double_trtllm.TOP},
+    "flashinfer": {"block_scale_interleave": trtllm_double_cutlass.block_scale_interleave, **trtllm_double_kernels.TOP},
     "flashinfer.fused_moe": {
-        name: getattr(double_cutlass, name)
+        name: getattr(trtllm_double_cutlass, name)
         for name in (
             "cutlass_fused_moe",
             "cutlass_fused_moe_workspace_size",
@@ -38,10 +38,12 @@ PLACES: dict[str, dict[str, Any]] = {
             "interleave_moe_scales_for_sm90_mixed_gemm",
         )
     }
-    | double_trtllm.FUSED_MOE,
-    "flashinfer.autotuner": {"autotune": double_autotuner.autotune},
+    | trtllm_double_kernels.FUSED_MOE,
+    "flashinfer.autotuner": {"autotune": trtllm_double_autotuner.autotune},
     "flashinfer.tllm_enums": {
-        name: value for name, value in vars(flashinfer_enums).items() if isinstance(value, type) and name[0].isupper()
+        name: value
+        for name, value in vars(trtllm_double_enums).items()
+        if isinstance(value, type) and name[0].isupper()
     },
 }
 
@@ -55,10 +57,10 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         vars(module).update(functions)
         monkeypatch.setitem(sys.modules, name, module)
     sys.modules["flashinfer"].__version__ = VERSION  # type: ignore[attr-defined]
-    sys.modules["flashinfer.autotuner"].AutoTuner = double_autotuner.AutoTuner  # type: ignore[attr-defined]
-    for calls in (double_cutlass.CALLS, double_trtllm.CALLS, double_autotuner.LOADED):
+    sys.modules["flashinfer.autotuner"].AutoTuner = trtllm_double_autotuner.AutoTuner  # type: ignore[attr-defined]
+    for calls in (trtllm_double_cutlass.CALLS, trtllm_double_kernels.CALLS, trtllm_double_autotuner.LOADED):
         calls.clear()
-    double_cutlass.ABSENT.clear()
+    trtllm_double_cutlass.ABSENT.clear()
     trtllm_layouts.row_order.cache_clear()
 
 

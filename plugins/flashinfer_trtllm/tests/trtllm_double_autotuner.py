@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from double_formats import need
-from recorded import recorded
+from trtllm_double_formats import need
+from trtllm_double_recorded import recorded
 
 #: Files that were given to the tuner.
 LOADED: list[str] = []

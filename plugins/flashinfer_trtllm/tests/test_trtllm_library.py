@@ -7,12 +7,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import double_autotuner
-import double_trtllm
 import pytest
-from flashinfer_double import config, layer_of, plan, registry
+import trtllm_double_autotuner
+import trtllm_double_kernels
 from moe_core_flashinfer_trtllm import trtllm_tune
 from moe_core_flashinfer_trtllm.library import bind_call, check_call, member
+from trtllm_double import config, layer_of, plan, registry
 
 import moe_core
 from moe_core.errors import BindError, DependencyError
@@ -109,15 +109,15 @@ def job(store: Path, budget_s: float = 60.0) -> TuningJob:
 
 def test_tuning_runs_each_token_count_in_flashinfers_tuner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    calls = double_trtllm.CALLS
+    calls = trtllm_double_kernels.CALLS
 
     class Watching(list):  # type: ignore[type-arg]
         def append(self, given: Any) -> None:
-            if double_autotuner.TUNING:
+            if trtllm_double_autotuner.TUNING:
                 seen.append(given["hidden_states"].shape[0])
             super().append(given)
 
-    monkeypatch.setattr(double_trtllm, "CALLS", Watching(calls))
+    monkeypatch.setattr(trtllm_double_kernels, "CALLS", Watching(calls))
     store = tmp_path / "store.json"
     rows = trtllm_tune.tune(job(store))
     assert [row.tokens for row in rows] == [3, 8] == seen
@@ -131,7 +131,7 @@ def test_plans_hand_the_file_to_flashinfer(tmp_path: Path) -> None:
     settings = moe_core.Settings(runner=TRTLLM, tuning=str(tmp_path))
     layer = config()
     moe_core.plan(layer, layer_of(layer).weights, registry=registry(), settings=settings, max_tokens=64)
-    assert [str(store)] == double_autotuner.LOADED
+    assert [str(store)] == trtllm_double_autotuner.LOADED
 
 
 @pytest.mark.parametrize("content", [None, "{}", "no json"])
@@ -151,7 +151,7 @@ def test_this_users_file_may_be_missing_or_foreign(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     bound()
-    assert double_autotuner.LOADED == []
+    assert trtllm_double_autotuner.LOADED == []
     default_store(TRTLLM).parent.mkdir(parents=True)
     default_store(TRTLLM).write_text("{}")
     bound()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import double_trtllm
 import pytest
 import torch
-from flashinfer_double import config, layer_of, plan
+import trtllm_double_kernels
 from moe_core_flashinfer_trtllm.routing import merge_duplicates, pack_topk
+from trtllm_double import config, layer_of, plan
 
 from moe_core import TopKOutput
 from moe_core.testing import assert_close
@@ -69,7 +69,7 @@ def test_a_padded_batch_gives_what_the_unpadded_one_gives() -> None:
     hidden = one.hidden.clone()
     hidden[7:] = float("nan")
     padded = bound(hidden, TopKOutput(ids, weights))
-    assert (double_trtllm.CALLS[-1]["topk_ids"][7:] < 0).all()
+    assert (trtllm_double_kernels.CALLS[-1]["topk_ids"][7:] < 0).all()
     assert torch.equal(padded[:7], bound(one.hidden[:7], TopKOutput(ids[:7], weights[:7])))
     assert not padded[7:].count_nonzero()
 

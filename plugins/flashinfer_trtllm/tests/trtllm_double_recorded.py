@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_FILE = Path(__file__).with_name("recorded_signatures.txt")
+_FILE = Path(__file__).with_name("trtllm_double_signatures.txt")
 _LINES = [line for line in _FILE.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
 SIGNATURES: dict[str, inspect.Signature] = {}
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import double_formats
 import pytest
 import torch
-from flashinfer_double import config, layer_of, verify
+import trtllm_double_formats
 from moe_core_flashinfer_trtllm import (
     cutlass_weights,
     layer,
@@ -18,6 +17,7 @@ from moe_core_flashinfer_trtllm import (
     trtllm_tokens,
     trtllm_weights,
 )
+from trtllm_double import config, layer_of, verify
 
 from moe_core import Activation, TopKOutput
 from moe_core.errors import MoeCoreError
@@ -37,13 +37,13 @@ def plain_order(rows: int, gated: bool) -> torch.Tensor:
 
 def gate_first(rows: int, gated: bool) -> torch.Tensor:
     """Shuffled, of [gate; up]."""
-    return double_formats.shuffled_rows(rows, gated=gated)
+    return trtllm_double_formats.shuffled_rows(rows, gated=gated)
 
 
 def unpaired(rows: int, gated: bool) -> torch.Tensor:
     """Shuffled without pairing gate and up."""
     order = torch.arange(rows).view(2, -1).flip(0).flatten() if gated else torch.arange(rows)
-    return order[double_formats.shuffled_rows(rows, gated=False)]
+    return order[trtllm_double_formats.shuffled_rows(rows, gated=False)]
 
 
 def sign_extended(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -117,7 +117,7 @@ def test_a_sign_that_runs_into_the_id_shows(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("scheme", ["mxfp4_w4a16", "bf16"])
 def test_a_forgotten_step_of_hopper_shows(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import double_cutlass
+    import trtllm_double_cutlass
 
     name = "interleave_moe_weights_for_sm90_mixed_gemm"
     real = cutlass_weights.function
@@ -131,7 +131,7 @@ def test_a_forgotten_step_of_hopper_shows(scheme: str, monkeypatch: pytest.Monke
     else:
         with pytest.raises(AssertionError):
             judge(CUTLASS, scheme)
-    assert double_cutlass.CALLS
+    assert trtllm_double_cutlass.CALLS
 
 
 def test_an_activation_without_its_limit_shows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_an_activation_without_its_limit_shows(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_offset_of_another_rank_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashinfer_double import expected, plan
+    from trtllm_double import expected, plan
 
     from moe_core import ParallelConfig
     from moe_core.testing import assert_close

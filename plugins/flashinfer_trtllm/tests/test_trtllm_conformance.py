@@ -6,7 +6,7 @@ import contextlib
 from typing import Any
 
 import pytest
-from flashinfer_double import registry
+from trtllm_double import registry
 
 from moe_core.registry import Registry
 from moe_core.settings import Settings

@@ -10,11 +10,11 @@ import sys
 import warnings
 from typing import Any
 
-import double_formats
-import flashinfer_double
-import flashinfer_enums
 import pytest
 import torch
+import trtllm_double
+import trtllm_double_enums
+import trtllm_double_formats
 
 import moe_core
 
@@ -46,7 +46,7 @@ def _shape(function: Any) -> list[tuple[str, str, bool]]:
 
 FUNCTIONS = [
     (place, name)
-    for place, functions in flashinfer_double.PLACES.items()
+    for place, functions in trtllm_double.PLACES.items()
     for name, value in functions.items()
     if not isinstance(value, type)
 ]
@@ -56,7 +56,7 @@ DEFAULTS = {"do_finalize": True, "tp_size": 1, "swizzled_input_sf": True, "is_sf
 
 @pytest.mark.parametrize(("place", "name"), FUNCTIONS)
 def test_every_double_has_the_signature_of_what_it_stands_for(installed: Any, place: str, name: str) -> None:
-    ours = flashinfer_double.PLACES[place][name]
+    ours = trtllm_double.PLACES[place][name]
     theirs = getattr(importlib.import_module(place), name)
     assert _shape(ours) == _shape(theirs)
     for name, default in DEFAULTS.items():
@@ -64,16 +64,16 @@ def test_every_double_has_the_signature_of_what_it_stands_for(installed: Any, pl
         assert found is None or default is None or found.default == default
 
 
-@pytest.mark.parametrize("name", sorted(flashinfer_double.PLACES["flashinfer.tllm_enums"]))
+@pytest.mark.parametrize("name", sorted(trtllm_double.PLACES["flashinfer.tllm_enums"]))
 def test_enums_have_these_numbers(installed: Any, name: str) -> None:
     theirs = getattr(importlib.import_module("flashinfer.tllm_enums"), name)
-    for member in getattr(flashinfer_enums, name):
+    for member in getattr(trtllm_double_enums, name):
         assert int(getattr(theirs, member.name)) == int(member), member
 
 
 def test_every_routing_method_is_accounted_for(installed: Any) -> None:
     """A new one in FlashInfer may serve a routing of the core: look at `rules.routing_method`."""
-    from test_routing_in_kernel import METHODS, UNUSED
+    from test_trtllm_routing import METHODS, UNUSED
 
     theirs = importlib.import_module("flashinfer.tllm_enums").RoutingMethodType
     assert {member.name for member in theirs} == {*METHODS, *UNUSED}
@@ -82,8 +82,8 @@ def test_every_routing_method_is_accounted_for(installed: Any) -> None:
 def test_scales_of_hopper_are_folded_as_flashinfer_folds_them(installed: Any) -> None:
     scale = torch.randint(0, 256, (2, 192, 12), dtype=torch.uint8)
     folded = installed.fused_moe.interleave_moe_scales_for_sm90_mixed_gemm(scale)
-    assert torch.equal(double_formats.fold_scales(scale), folded)
-    assert torch.equal(double_formats.fold_scales(folded, back=(192, 12)), scale)
+    assert torch.equal(trtllm_double_formats.fold_scales(scale), folded)
+    assert torch.equal(trtllm_double_formats.fold_scales(folded, back=(192, 12)), scale)
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -91,25 +91,25 @@ def test_rows_are_shuffled_as_flashinfer_shuffles_them(installed: Any, gated: bo
     rows = torch.arange(384).unsqueeze(1)
     paired = installed.fused_moe.reorder_rows_for_gated_act_gemm(rows) if gated else rows
     shuffled = installed.shuffle_matrix_a(paired, 128).squeeze(1)
-    assert torch.equal(double_formats.shuffled_rows(384, gated=gated), shuffled)
+    assert torch.equal(trtllm_double_formats.shuffled_rows(384, gated=gated), shuffled)
 
 
 def test_blocks_along_k_are_flashinfers(installed: Any) -> None:
     matrix = torch.randint(0, 256, (1, 64, 512), dtype=torch.uint8)
     blocks = installed.fused_moe.convert_to_block_layout(matrix[0], 128).unsqueeze(0)
-    assert torch.equal(double_formats.unblock(blocks), matrix)
+    assert torch.equal(trtllm_double_formats.unblock(blocks), matrix)
 
 
 def test_the_interleave_of_codes_is_undone_exactly() -> None:
     """Compared with FlashInfer's CUDA source, compiled for a CPU, on 2026-11-22: equal bit for bit."""
     codes = torch.randint(0, 256, (2, 48, 96), dtype=torch.uint8)
-    there = double_formats.interleave_e2m1(codes)
+    there = trtllm_double_formats.interleave_e2m1(codes)
     assert not torch.equal(there, codes)
-    assert torch.equal(double_formats.interleave_e2m1(there, back=True), codes)
+    assert torch.equal(trtllm_double_formats.interleave_e2m1(there, back=True), codes)
     # One known word: bytes 0, 4 of a row and of the row 8 below it, which hold codes 1 .. 8.
     one = torch.zeros(1, 16, 32, dtype=torch.uint8)
     one[0, 0, 0], one[0, 8, 0], one[0, 0, 4], one[0, 8, 4] = 0x21, 0x43, 0x65, 0x87
-    word = double_formats.interleave_e2m1(one)[0, 0, :4].int() @ torch.tensor([1, 256, 65536, 16777216]).int()
+    word = trtllm_double_formats.interleave_e2m1(one)[0, 0, :4].int() @ torch.tensor([1, 256, 65536, 16777216]).int()
     assert int(word) & 0xFFFFFFFF == _word(0x87654321)
 
 
@@ -152,7 +152,7 @@ def test_plans_bind_to_the_real_signatures(
         for activation in (moe_core.Activation(), moe_core.Activation.swiglu_oai()):
             if scheme == "fp8_tensor" and activation.name != "silu":
                 continue
-            layer = flashinfer_double.config(scheme, **({"num_experts": 8, "activation": activation} | sizes))
+            layer = trtllm_double.config(scheme, **({"num_experts": 8, "activation": activation} | sizes))
             format_ = TOPK_BYPASSED if bypassed else TOPK_STANDARD
-            flashinfer_double.plan(runner, layer, flashinfer_double.layer_of(layer).weights, topk_format=format_)
+            trtllm_double.plan(runner, layer, trtllm_double.layer_of(layer).weights, topk_format=format_)
     assert len(checked) >= (2 if runner == "flashinfer_cutlass" else 7)

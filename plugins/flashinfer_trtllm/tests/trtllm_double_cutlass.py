@@ -1,8 +1,8 @@
 """A strict double of `cutlass_fused_moe` and what belongs to it, on CPU tensors, with FlashInfer 0.7.2's signatures.
 
 It takes prepared weights only and undoes what its preparation functions do. What the kernels would misread, assert on
-or compute differently raises `DoubleError`. `tests/test_signatures.py` compares the signatures with the installed
-FlashInfer.
+or compute differently raises `DoubleError`. `tests/test_trtllm_signatures.py` compares the signatures with the
+installed FlashInfer.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from double_formats import e2m1, e8m0, fold_scales, interleave_e2m1, need, spread, swizzle, tensor, unswizzle
-from double_layer import Experts, layer, refuse_duplicates, round_e4m3, through_groups, through_nvfp4
-from flashinfer_enums import ActivationType
 from torch import Tensor
+from trtllm_double_enums import ActivationType
+from trtllm_double_formats import e2m1, e8m0, fold_scales, interleave_e2m1, need, spread, swizzle, tensor, unswizzle
+from trtllm_double_layer import Experts, layer, refuse_duplicates, round_e4m3, through_groups, through_nvfp4
 
 _BF16, _F16, _F32, _I32, _U8 = torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.uint8
 _FP8 = torch.float8_e4m3fn

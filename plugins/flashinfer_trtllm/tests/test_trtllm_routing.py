@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import double_trtllm
 import pytest
 import torch
-from flashinfer_double import config, layer_of, plan, registry
-from flashinfer_enums import RoutingMethodType
+import trtllm_double_kernels
 from moe_core_flashinfer_trtllm.rules import routing_method
+from trtllm_double import config, layer_of, plan, registry
+from trtllm_double_enums import RoutingMethodType
 
 import moe_core
 from moe_core import BypassedTopK, MoeConfig, ParallelConfig, RoutingConfig
@@ -81,7 +81,7 @@ def test_every_method_of_flashinfer_is_accounted_for() -> None:
 def test_a_method(name: str) -> None:
     layer = of(*METHODS[name])
     check(layer)
-    call = double_trtllm.CALLS[-1]
+    call = trtllm_double_kernels.CALLS[-1]
     assert call["routing_method_type"] == RoutingMethodType[name]
     assert "topk_ids" not in call
     assert (call["n_group"], call["topk_group"]) == ((4, 2) if name == "DeepSeekV3" else (0, 0))
@@ -98,7 +98,7 @@ def test_every_scheme_routes(scheme: str, name: str) -> None:
 def test_the_scaling_factor_is_applied_once(name: str) -> None:
     """In the kernel where it does that, on the result otherwise."""
     check(of(*METHODS[name], routed_scaling_factor=2.5))
-    assert double_trtllm.CALLS[-1]["routed_scaling_factor"] == (2.5 if name == "DeepSeekV3" else 1.0)
+    assert trtllm_double_kernels.CALLS[-1]["routed_scaling_factor"] == (2.5 if name == "DeepSeekV3" else 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -106,7 +106,7 @@ def test_the_scaling_factor_is_applied_once(name: str) -> None:
 def test_logits_of_other_dtypes(name: str, dtype: torch.dtype) -> None:
     """float16 would be read as bfloat16: it travels as float32."""
     check(of(*METHODS[name]), dtype)
-    found = double_trtllm.CALLS[-1]["routing_logits"].dtype
+    found = trtllm_double_kernels.CALLS[-1]["routing_logits"].dtype
     assert found == (torch.bfloat16 if dtype is torch.bfloat16 and name == "Default" else torch.float32)
 
 
@@ -127,7 +127,7 @@ def test_a_missing_bias_is_an_error_before_any_kernel() -> None:
     bound = plan(RUNNER, layer, one.weights, topk_format=TOPK_BYPASSED)
     with pytest.raises(ContractViolation, match="correction bias"):
         bound(one.hidden, BypassedTopK(decision(layer, 4).router_logits))
-    assert double_trtllm.CALLS == []
+    assert trtllm_double_kernels.CALLS == []
 
 
 @pytest.mark.parametrize("name", sorted(NOT_THERE))

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from double_formats import e2m1, e8m0, need, shuffled_rows, spread, tensor, unblock, unshuffle, unswizzle
-from double_layer import Experts, layer, through_groups, through_mxfp8, through_nvfp4
-from double_routing import choice
-from flashinfer_enums import ActivationType, Fp8QuantizationType, SfLayout, WeightLayout
-from recorded import recorded
 from torch import Tensor
+from trtllm_double_enums import ActivationType, Fp8QuantizationType, SfLayout, WeightLayout
+from trtllm_double_formats import e2m1, e8m0, need, shuffled_rows, spread, tensor, unblock, unshuffle, unswizzle
+from trtllm_double_layer import Experts, layer, through_groups, through_mxfp8, through_nvfp4
+from trtllm_double_recorded import recorded
+from trtllm_double_routing import choice
 
 _BF16, _F32, _U8, _FP8 = torch.bfloat16, torch.float32, torch.uint8, torch.float8_e4m3fn
 #: Every call of a layer, for tests: its keywords, absent ones left out.

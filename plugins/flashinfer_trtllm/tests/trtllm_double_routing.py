@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from double_formats import need, tensor
-from double_layer import refuse_duplicates
-from flashinfer_enums import RoutingMethodType as Method
 from torch import Tensor
+from trtllm_double_enums import RoutingMethodType as Method
+from trtllm_double_formats import need, tensor
+from trtllm_double_layer import refuse_duplicates
 
 _BF16, _F32, _I32 = torch.bfloat16, torch.float32, torch.int32
 

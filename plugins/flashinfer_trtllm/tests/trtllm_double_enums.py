@@ -1,4 +1,4 @@
-"""FlashInfer's enums as the plugin uses them; `tests/test_signatures.py` compares them with the installed ones."""
+"""FlashInfer's enums as the plugin uses them; tests/test_trtllm_signatures.py compares them with the installed ones."""
 
 from __future__ import annotations
 
