@@ -272,14 +272,18 @@ def codes(plugin: str, name: str, hardware: str = "b200", **request: Any) -> set
         ("b200", {}, set()),
         ("h200", {}, {"device.arch"}),
         ("b200", {"scheme": "mxfp4_w4a16", "activation": OAI, "bias": True, "hidden_size": 2880}, set()),
-        ("b200", {"activation": OAI, "bias": True}, {"activation", "feature"}),
+        ("b200", {"activation": OAI, "bias": True}, {"feature"}),
+        ("b200", {"activation": OAI, "scheme": "fp8_tensor"}, {"activation"}),
         ("b200", {"activation": NON_GATED}, set()),
         ("b200", {"activation": replace(NON_GATED, gated=True)}, {"activation.gated"}),
         ("b200", {"intermediate_size": 1472}, {"shape.intermediate"}),
         ("b200", {"router_weight_on_input": True}, {"feature"}),
         ("b200", {"router_weight_on_input": True, "top_k": 1, "scheme": "fp8_tensor"}, set()),
-        ("b200", {"activation": Activation(limit=10.0)}, {"activation.limit"}),
+        ("b200", {"activation": Activation(limit=10.0), "scheme": "fp8_tensor"}, {"activation.limit"}),
         ("b200", {"activation": Activation(limit=10.0), "scheme": "nvfp4"}, set()),
+        ("b200", {"scheme": "int4_w4a16"}, {"quant.group_size"}),
+        ("b200", {"scheme": "int4_w4a16", "group_size": 32}, set()),
+        ("b200", {"scheme": "mxfp8", "num_experts": 126}, {"shape.num_experts"}),
     ],
 )
 def test_flashinfer_trtllm(hardware: str, changes: dict[str, Any], expected: set[str]) -> None:
@@ -293,10 +297,13 @@ def test_flashinfer_trtllm(hardware: str, changes: dict[str, Any], expected: set
         (RoutingConfig(renormalize=True), 8, "RenormalizeNaive"),
         (RoutingConfig(method="topk_softmax"), 8, "Renormalize"),
         (RoutingConfig(method="topk_sigmoid"), 1, "Llama4"),
-        (RoutingConfig(method="topk_sigmoid"), 2, None),
+        (RoutingConfig(method="topk_sigmoid"), 2, "TopKSigmoid"),
         (DEEPSEEK, 8, "DeepSeekV3"),
         (replace(DEEPSEEK, group_score="max"), 8, None),
-        (RoutingConfig(method="sigmoid"), 8, None),
+        (RoutingConfig(method="sigmoid"), 8, "Sigmoid"),
+        (RoutingConfig(method="sigmoid", renormalize=True), 8, "SigmoidRenorm"),
+        (RoutingConfig(method="sigmoid", renormalize=True, correction_bias=True), 8, "MiniMax2"),
+        (RoutingConfig(method="sigmoid", correction_bias=True), 8, None),
     ],
 )
 def test_flashinfer_trtllm_routes_only_as_declared(routing: RoutingConfig, top_k: int, method: str | None) -> None:
@@ -317,6 +324,9 @@ def test_flashinfer_cutlass() -> None:
     assert ask("b200", scheme="fp8_block128") == ask("h200", scheme="nvfp4") == {"device.arch"}
     assert ask("h200", dtype="float16", scheme="fp8_block128") == {"dtype"}
     assert ask("h200", ParallelConfig(ep_size=3)) == {"parallel.ep"}
+    assert codes("flashinfer_trtllm", "flashinfer_cutlass", "h200", config=replace(LAYER, scheme="fp8_tensor")) == set()
+    uncalibrated = {"config": replace(LAYER, scheme="fp8_tensor"), "input_scales": False}
+    assert codes("flashinfer_trtllm", "flashinfer_cutlass", "h200", **uncalibrated) == {"quant.input_scales"}
     settings = Settings(options={"flashinfer_cutlass": {"fused_finalize": True}})
     extra = {"settings": settings, "features": frozenset({"deterministic"})}
     assert codes("flashinfer_trtllm", "flashinfer_cutlass", "h200", **extra) == {"feature"}
@@ -446,4 +456,4 @@ def test_dispatchers_and_runners_agree_wherever_they_share_a_format(runner: tupl
 
 def test_fused_vendor_kernels_keep_negative_global_ids() -> None:
     wants = [w for s in specs("flashinfer_trtllm") if isinstance(s, FusedSpec) for w in alternatives(s)]
-    assert {(w.id_spaces, w.dropped[0]) for w in wants} == {((IdSpace.GLOBAL,), DroppedSlot.NEGATIVE)}
+    assert {(w.id_spaces[0], w.dropped[0]) for w in wants} == {(IdSpace.GLOBAL, DroppedSlot.NEGATIVE)}

@@ -171,12 +171,13 @@ def test_an_all_to_all_refuses_replicated_tokens_and_one_rank_has_none_to_tell_a
 def test_what_is_only_announced_is_not_chosen(hardware: str) -> None:
     """Without `assume="targets"`, what is not written is refused."""
     found = ask(hardware, assume=("dependencies",))
-    assert found.require().id == ("standard+aiter/split" if hardware.startswith("mi") else "standard+triton/fused")
+    best = "aiter/split" if hardware.startswith("mi") else "triton/fused"
+    assert found.require().id == f"standard+{'flashinfer_trtllm/fused' if 'b200' in hardware else best}"
     codes = {v.spec.name: {r.code for r in v.reasons} for v in found.verdicts}
     unwritten = {name for name, verdict in codes.items() if "target.missing" in verdict}
-    assert {"flashinfer_trtllm", "cutedsl", "deepep_v2"} <= unwritten
+    assert {"cutedsl", "deepep_v2"} <= unwritten
     here = {"triton", "triton_interpreter", "standard", "reference", "cpu", "deepep", "deepep_ll", "mori", "mori_v2"}
-    assert unwritten.isdisjoint(here | {"aiter", "symm_mem"})
+    assert unwritten.isdisjoint(here | {"aiter", "symm_mem", "flashinfer_trtllm", "flashinfer_cutlass"})
 
 
 @pytest.mark.parametrize(
@@ -192,8 +193,8 @@ def test_what_is_only_announced_is_not_chosen(hardware: str) -> None:
         ("h200", "bf16", 8, ("deepep", "flashinfer_trtllm"), "standard+flashinfer_cutlass/fused"),
         ("h200", "bf16", 8, ("triton",), "symm_mem+triton/fused"),
         ("h200", "bf16", 16, ("triton",), "allgather+triton/fused"),
-        # Its kernels take global ids, which DeepEP does not send.
-        ("h200", "bf16", 8, ("deepep", "flashinfer_trtllm"), "allgather+flashinfer_cutlass/fused"),
+        # Rows alone, and local ids: DeepEP's normal kernels.
+        ("h200", "bf16", 8, ("deepep", "flashinfer_trtllm"), "deepep_normal+flashinfer_cutlass/fused"),
         ("b200", "bf16", 1, ("triton",), "standard+triton/fused"),
         ("b200", "nvfp4", 1, ("triton",), "standard+reference/split"),
         ("b200", "nvfp4", 1, ("triton", "cutedsl"), "standard+cutedsl/fused"),
