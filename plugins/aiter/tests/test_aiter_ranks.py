@@ -1,4 +1,4 @@
-"""EP layers in two and four real processes: every dispatcher of `standard`, over the doubles of AITER and DeepEP.
+"""EP layers in two and four real processes: every dispatcher of `standard`, over the doubles of AITER, DeepEP and MoRI.
 
 Each rank's result is held against the layer of one rank on the reference runner.
 """
@@ -10,12 +10,14 @@ from typing import Any
 
 import moe_core_aiter
 import moe_core_deepep
+import moe_core_mori
 import pytest
 
 from moe_core.testing import run_ranks
 
 PLUGINS = Path(__file__).parents[2]
-PATHS = (Path(moe_core_aiter.__file__).parents[1], Path(moe_core_deepep.__file__).parents[1], PLUGINS / "deepep/tests")
+PACKAGES = (moe_core_aiter, moe_core_deepep, moe_core_mori)
+PATHS = (*(Path(package.__file__).parents[1] for package in PACKAGES), PLUGINS / "deepep/tests")
 
 SCRIPT = """
 import deep_ep_double
@@ -29,6 +31,9 @@ from moe_core.testing.layers import make_routing
 from moe_core.testing.tolerances import assert_close, relative_error
 from moe_core_aiter.testing import AiterDouble, OnCpu
 from moe_core_deepep.plugin import DeepEpPlugin
+from moe_core_mori import testing as mori, wire
+
+FNUZ = wire._FNUZ_ARCH
 
 
 class DeepEpOnCpu(DeepEpPlugin):
@@ -48,6 +53,9 @@ def compare(arch, dispatcher, scheme, counts, placement="linear", pattern="skewe
     "What travelled, and the relative error of this rank's rows; raises where the tolerance is exceeded."
     double = AiterDouble(arch)
     before = double.install()
+    mori.install(arch=arch)
+    # The plans are a CPU's, so the rule about gfx942's eight-bit floats is told its name.
+    wire._FNUZ_ARCH = moe_core.hardware.detect_cpu().arch if arch == "gfx942" else FNUZ
     try:
         return compared(double, dispatcher, scheme, counts[:ranks], placement, pattern, flights)
     finally:
@@ -69,7 +77,7 @@ def compared(double, dispatcher, scheme, counts, placement, pattern, flights):
         layer.topk.topk_ids, layer.topk.topk_weights = topk.topk_ids, topk.topk_weights
     whole = moe_core.plan(config, layers[0].weights, runner="reference", registry=Registry(autoload=False))
     plan = moe_core.plan(config, layers[0].weights.shard(config, parallel), parallel, group=group, max_tokens=16,
-                         registry=Registry([OnCpu(), DeepEpOnCpu()], autoload=False), runner="aiter",
+                         registry=Registry([OnCpu(), DeepEpOnCpu(), mori.OnCpu()], autoload=False), runner="aiter",
                          dispatcher=dispatcher)
     rows = slice(None) if shared else slice(sum(counts[:rank]), sum(counts[: rank + 1]))
     states = [RunningState() for _ in layers]
@@ -97,7 +105,9 @@ def compared(double, dispatcher, scheme, counts, placement, pattern, flights):
 ODD, ZERO = [5, 0, 8, 1], [0, 0, 0, 0]
 SOME = ("bf16", "fp8_block128", "int4_w4a16", "mxfp4")
 SCHEMES = (*SOME, "fp8_tensor", "fp8_channel", "int8_channel", "mxfp8", "mxfp4_w4a16")
+MORI = ("mori", "mori_ll", "mori_v2")
 DISPATCHERS = {"standard": SOME, "allgather": SOME, "alltoall": SCHEMES, "deepep_normal": SCHEMES}
+DISPATCHERS |= {"mori": SCHEMES, "mori_ll": SOME, "mori_v2": SOME}
 LAYERS: dict[str, tuple[Any, ...]] = {
     f"{dispatcher}, {scheme}": ("gfx950", dispatcher, scheme, ODD)
     for dispatcher, schemes in DISPATCHERS.items()
@@ -108,7 +118,7 @@ for one in DISPATCHERS:
     LAYERS[f"{one}, nobody"] = ("gfx950", one, "bf16", ZERO)
     LAYERS[f"{one}, one expert"] = ("gfx950", one, "bf16", ODD, "linear", "one_hot")
     LAYERS[f"{one}, in flight"] = ("gfx950", one, "bf16", ODD, "linear", "uniform", 2)
-    if one != "deepep_normal":  # linear only
+    if one not in ("deepep_normal", *MORI):  # linear only
         LAYERS[f"{one}, placed"] = ("gfx950", one, "bf16", ODD, "map")
 
 
@@ -136,6 +146,8 @@ def test_ids_masks_and_payloads(dispatcher: str, said: list[dict[str, Any]]) -> 
             _, payload, space, dropped, mask = answers[f"{dispatcher}, {scheme}"]
             if dispatcher == "standard":
                 assert payload == "bf16"
+            elif dispatcher in MORI:
+                assert payload == (PAYLOAD.get(scheme, "bf16") if scheme != "fp8_channel" else "bf16")
             elif dispatcher != "deepep_normal" or scheme == "fp8_block128":
                 assert payload == PAYLOAD.get(scheme, "bf16")
             assert dropped == "sink"
