@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moe_core import hookimpl
 from moe_core.capability import Requires, Support
 from moe_core.specs import FusedSpec, PluginInfo, RunnerSpec, Wants
-from moe_core.vocabulary import BATCHED, STANDARD, DroppedSlot, IdSpace, Phase, Step
+from moe_core.vocabulary import BATCHED, STANDARD, DroppedSlot, IdSpace, Maturity, Phase, Step
 
 _CUTE = Requires(
     module="cutlass",
@@ -56,13 +58,21 @@ NVFP4 = RunnerSpec(
 
 SM90 = RunnerSpec(
     name="cutedsl_sm90",
-    summary="FlashInfer's CuTe DSL fused MoE for Hopper, unquantized",
+    summary="FlashInfer's CuTe DSL experts for Hopper, unquantized, behind a sort of our own",
     factory="moe_core_cutedsl.sm90:Sm90Runner",
     prepare="moe_core_cutedsl.sm90_weights:prepare",
     update="moe_core_cutedsl.sm90_weights:update",
     layouts=frozenset({"up_gate32"}),
     priority=90,
+    # Evidence: docs/maturity.md.
+    maturity={"sm_90": Maturity.COMPILED},
     why_not="moe_core_cutedsl.rules:sm90",
+    options={
+        "fused_finalize": "true: GEMM2 adds a token's slots up itself, with atomics in the layer's dtype: less memory "
+        "traffic, another rounding each slot, other bits each run (default: false)",
+        "sort": "'own': our Triton kernels; 'flashinfer': FlashInfer's whole entry point, whose C++ sort is compiled "
+        "by nvcc when it is first used (default: 'own')",
+    },
     support=Support(
         devices={"cuda": ("sm_90",)},
         schemes=frozenset({"bf16"}),
@@ -70,10 +80,10 @@ SM90 = RunnerSpec(
         activations=frozenset({"silu", "gelu_tanh", "relu2", "swiglu_oai"}),
         gated=frozenset({True, False}),
         activation_limit=True,
+        features=frozenset({"deterministic"}),
         graph_capture=frozenset(Phase),
-        hidden_multiple=64,
-        intermediate_multiple=32,
-        placements=frozenset({"linear"}),
+        hidden_multiple=8,
+        intermediate_multiple=8,
         requires=(_flashinfer("0.7"), _CUTE, _TRITON),
     ),
 )
@@ -108,6 +118,12 @@ _FLASHINFER_WANTS = Wants(
     can=frozenset({Step.ROUTED_SCALING}),
     always=frozenset({Step.ROUTER_WEIGHT, Step.TOPK_SUM}),
 )
+_SORTED_WANTS = replace(_FLASHINFER_WANTS, ids_dtypes=("int32", "int64"), optional=frozenset({"num_valid"}))
+# The sort looks global ids up in the dispatcher's map, which spares the dispatcher a pass over them.
+_SM90_WANTS = (
+    replace(_SORTED_WANTS, extras=frozenset({"expert_map"})),
+    replace(_SORTED_WANTS, id_spaces=(IdSpace.LOCAL,)),
+)
 
 FUSED = (
     FusedSpec(
@@ -133,7 +149,7 @@ FUSED = (
         runner="cutedsl_sm90",
         format=STANDARD,
         target="moe_core_cutedsl.sm90:fused_standard",
-        wants=_FLASHINFER_WANTS,
+        wants=_SM90_WANTS,
     ),
     FusedSpec(
         runner="cutedsl_hopper",

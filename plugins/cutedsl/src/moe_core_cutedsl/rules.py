@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from moe_core.capability import Reason
 from moe_core.request import PlanRequest
+
+#: Local experts that the sort's histogram has room for.
+_MOST_SORTED = 1024
 
 
 def sm90(request: PlanRequest, subject: str) -> list[Reason]:
     """Rules of the runner `cutedsl_sm90`."""
-    activation = request.config.activation
-    reasons: list[Reason] = []
+    activation, inner = request.config.activation, request.local_intermediate_size
+    options = request.settings.options.get("cutedsl_sm90", {})
+    reasons = [*_options(options, subject, fused_finalize=(True, False), sort=("own", "flashinfer"))]
     if activation.gated != (activation.name != "relu2"):
         form = "gated" if activation.gated else "non-gated"
         reasons.append(Reason(subject, "activation.gated", f"has no {form} {activation.name}", found=form))
     if activation.limit is not None and activation.name not in ("silu", "swiglu_oai"):
         reasons.append(Reason(subject, "activation.limit", f"cannot clamp {activation.name}"))
+    if activation.gated and inner % 32 and inner % 8 == 0:
+        message = f"rows of up and gate alternate by 32, and the intermediate size a rank is {inner}"
+        reasons.append(Reason(subject, "shape.intermediate", message, "a multiple of 32", str(inner)))
+    local = request.num_local_experts
+    if local > _MOST_SORTED:
+        message = f"sorts at most {_MOST_SORTED} experts a rank"
+        reasons.append(Reason(subject, "shape.num_experts", message, str(_MOST_SORTED), str(local)))
+    if options.get("fused_finalize") is True and "deterministic" in request.features:
+        message = "adds slots up with atomics, as the option fused_finalize asks: not the same bits on every run"
+        hint = "leave fused_finalize out"
+        reasons.append(Reason(subject, "feature", message, "deterministic", "fused_finalize", hint))
+    placement = request.parallel.placement
+    if options.get("sort") == "flashinfer" and request.parallel.ep_size > 1 and placement != "linear":
+        message = "with sort='flashinfer' a rank's experts are those from an offset on"
+        reasons.append(Reason(subject, "parallel.placement", message, "linear", str(placement), "leave sort out"))
     return reasons
+
+
+def _options(given: Mapping[str, Any], subject: str, **allowed: tuple[Any, ...]) -> Iterator[Reason]:
+    for name, values in allowed.items():
+        if name in given and not any(given[name] is v or (given[name] == v and v is not True) for v in values):
+            needed = " or ".join(repr(value) for value in values)
+            message = f"the option {name} is {given[name]!r}"
+            yield Reason(subject, "cutedsl.option", message, needed, repr(given[name]), f"set it to {needed}")
 
 
 def hopper(request: PlanRequest, subject: str) -> list[Reason]:

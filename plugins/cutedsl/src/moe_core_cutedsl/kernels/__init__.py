@@ -1,0 +1,1 @@
+"""Kernels of this plugin: what stands between a dispatcher and FlashInfer's GEMMs."""
