@@ -26,4 +26,3 @@ def keywords(activation: Activation) -> dict[str, Any]:
         "swiglu_beta": float(activation.beta) if oai else 0.0,
         "swiglu_limit": _NO_LIMIT if activation.limit is None else float(activation.limit),
     }
-

@@ -227,4 +227,3 @@ def fused_standard(binding: Binding) -> Callable[..., StandardCombineInput]:
         return StandardCombineInput(runner.run(call, q, state), d.handle)
 
     return fused
-

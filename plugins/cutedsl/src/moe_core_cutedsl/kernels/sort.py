@@ -31,8 +31,8 @@ class Tiles:
     """Where the slots of a call went. S = T * K slots, N tiles at most, of `rows` rows each.
 
     tile_expert, tile_limit: int32 [N]; a tile's local expert, and the position behind its last live row. slots: int32
-    [N * rows]; the slot at a position, undefined where there is none. used: int32 [1], tiles that hold something; behind
-    them all is undefined. local_ids: int32 [T, K], -1 for a dropped slot. weights: float32 [T, K], the router's times
+    [N * rows]; the slot at a position, undefined where there is none. used: int32 [1], tiles that hold something, all
+    others being undefined. local_ids: int32 [T, K], -1 for a dropped slot. weights: float32 [T, K], the router's times
     the layer's factor, 0 for a dropped slot whatever stood there.
     """
 
@@ -68,14 +68,12 @@ def _count(e, EB: tl.constexpr):
     return tl.histogram(tl.maximum(e, 0), EB, mask=e >= 0)
 
 
-# A kernel has one form for every number of tokens, so that a plan can compile all that its calls will need. The caller's
-# tensors may be views that begin anywhere.
+# A kernel has one form for every number of tokens, so that a plan can compile all that its calls will need. Tensors of
+# the caller's may be views that begin anywhere.
 _READ = ["ids", "expert_map", "num_valid"]
 
 
-@triton.jit(
-    do_not_specialize=["slots_total", "chunk", "num_experts", "map_size"], do_not_specialize_on_alignment=_READ
-)
+@triton.jit(do_not_specialize=["slots_total", "chunk", "num_experts", "map_size"], do_not_specialize_on_alignment=_READ)
 def _count_chunks(
     ids, expert_map, num_valid, counts, slots_total, chunk, num_experts, map_size,
     K: tl.constexpr, EB: tl.constexpr, SCAN: tl.constexpr, MAPPED: tl.constexpr, HAS_VALID: tl.constexpr,
