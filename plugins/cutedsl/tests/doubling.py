@@ -10,6 +10,7 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
+import double_nvfp4
 import double_sm90
 import portable
 import pytest
@@ -25,9 +26,14 @@ from moe_core.testing.dispatchers import plugin as testing_plugin
 _CUTE = "flashinfer.fused_moe.cute_dsl."
 #: Module -> the attributes that the double has there.
 PLACES: dict[str, dict[str, Any]] = {
-    "flashinfer": {},
+    "flashinfer": {
+        name: getattr(double_nvfp4, name)
+        for name in ("fp4_quantize", "scaled_fp4_grouped_quantize", "silu_and_mul_scaled_nvfp4_experts_quantize")
+    },
+    "flashinfer.gemm": {"grouped_gemm_nt_masked": double_nvfp4.grouped_gemm_nt_masked},
     "flashinfer.fused_moe": {
         "ActivationType": double_sm90.ActivationType,
+        "CuteDslMoEWrapper": double_nvfp4.CuteDslMoEWrapper,
         "cute_dsl_fused_moe_bf16": double_sm90.cute_dsl_fused_moe_bf16,
     },
     "flashinfer.fused_moe.cute_dsl": {},

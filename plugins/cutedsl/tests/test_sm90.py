@@ -9,7 +9,7 @@ import pytest
 import torch
 from double_sm90 import DoubleError
 from doubling import planned
-from moe_core_cutedsl import sm90, sm90_weights
+from moe_core_cutedsl import layouts, sm90, sm90_weights
 
 import moe_core
 from moe_core import Activation, MoeConfig, ParallelConfig
@@ -113,7 +113,7 @@ def test_weights_are_updated_in_place(activation: str) -> None:
 def test_prepared_rows() -> None:
     """Row 64 * j + r is row 32 * j + r of up, then of gate; and back."""
     w13 = torch.arange(2 * 192 * 3).view(2, 192, 3).float()
-    made = sm90_weights.alternate(w13, torch.empty_like(w13))
+    made = layouts.alternate(w13, torch.empty_like(w13), 32)
     gate, up = w13[:, :96], w13[:, 96:]
     for j in range(3):
         assert torch.equal(made[:, 64 * j : 64 * j + 32], up[:, 32 * j : 32 * j + 32])
@@ -126,15 +126,15 @@ def test_prepared_rows() -> None:
 def test_a_mistake_shows(mistake: str, patch: pytest.MonkeyPatch) -> None:
     config, layer = layer_of(tokens=33)
 
-    def swapped(w13: Any, out: Any, rows: int = 32) -> Any:
+    def swapped(w13: Any, out: Any, rows: int) -> Any:
         gate, up = w13.chunk(2, 1)
         return whole(torch.cat([up, gate], 1), out, rows)
 
     whole, sort = sm90_weights.alternate, sm90.sort
     wrong = {
         "gate first": swapped,
-        "chunks of 64": lambda w13, out: whole(w13, out, 64),
-        "not at all": lambda w13, out: out.copy_(w13),
+        "chunks of 64": lambda w13, out, rows: whole(w13, out, 2 * rows),
+        "not at all": lambda w13, out, rows: out.copy_(w13),
     }
     if mistake in wrong:
         patch.setattr(sm90_weights, "alternate", wrong[mistake])

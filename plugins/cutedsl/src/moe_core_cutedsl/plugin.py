@@ -38,21 +38,30 @@ NVFP4 = RunnerSpec(
     summary="FlashInfer's CuTe DSL NVFP4 kernels for Blackwell: masked grouped GEMMs, and the fused MoE",
     factory="moe_core_cutedsl.nvfp4:NvFp4Runner",
     prepare="moe_core_cutedsl.nvfp4_weights:prepare",
-    update="moe_core_cutedsl.nvfp4_weights:update",
     # Rows [gate; up] with swizzled scales for `batched`; [up; gate] in 64-row chunks, MMA scales, for `standard`.
     layouts=frozenset({"masked_gate_up", "mma_up_gate64"}),
     priority=150,
+    # Evidence: docs/maturity.md.
+    maturity={"sm_100": Maturity.CONTRACT},
+    why_not="moe_core_cutedsl.rules:nvfp4",
+    options={
+        "activations": "on `standard`: 'nvfp4', tokens are quantized and multiplied in NVFP4 (w4a4); 'bf16', they are "
+        "not (w4a16) (default: 'nvfp4')",
+        "fused_finalize": "on `standard`, true: the second GEMM adds a token's slots up itself, with atomics (default: "
+        "false)",
+    },
     support=Support(
         devices={"cuda": ("sm_100..sm_103",)},
         schemes=frozenset({"nvfp4"}),
         dtypes=frozenset({"bfloat16"}),
         activations=frozenset({"silu"}),
         gated=frozenset({True}),
+        features=frozenset({"deterministic"}),
         graph_capture=frozenset(Phase),
         hidden_multiple=128,
         intermediate_multiple=64,
         placements=frozenset({"linear"}),
-        requires=(_flashinfer("0.6"), _CUTE, _TRITON),
+        requires=(_flashinfer("0.7"), _CUTE, _TRITON),
     ),
 )
 
@@ -130,6 +139,7 @@ FUSED = (
         runner="cutedsl",
         format=BATCHED,
         target="moe_core_cutedsl.nvfp4:fused_batched",
+        layouts=frozenset({"masked_gate_up"}),
         # Ids are the sender's and only pass through; weights and the sum belong to the dispatcher's combine.
         wants=Wants(
             id_spaces=(IdSpace.LOCAL, IdSpace.GLOBAL),
@@ -143,6 +153,7 @@ FUSED = (
         runner="cutedsl",
         format=STANDARD,
         target="moe_core_cutedsl.nvfp4:fused_standard",
+        layouts=frozenset({"mma_up_gate64"}),
         wants=_FLASHINFER_WANTS,
     ),
     FusedSpec(

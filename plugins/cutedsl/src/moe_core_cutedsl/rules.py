@@ -30,9 +30,7 @@ def sm90(request: PlanRequest, subject: str) -> list[Reason]:
         message = f"sorts at most {_MOST_SORTED} experts a rank"
         reasons.append(Reason(subject, "shape.num_experts", message, str(_MOST_SORTED), str(local)))
     if options.get("fused_finalize") is True and "deterministic" in request.features:
-        message = "adds slots up with atomics, as the option fused_finalize asks: not the same bits on every run"
-        hint = "leave fused_finalize out"
-        reasons.append(Reason(subject, "feature", message, "deterministic", "fused_finalize", hint))
+        reasons.append(_atomics(subject))
     placement = request.parallel.placement
     if options.get("sort") == "flashinfer" and request.parallel.ep_size > 1 and placement != "linear":
         message = "with sort='flashinfer' a rank's experts are those from an offset on"
@@ -40,9 +38,23 @@ def sm90(request: PlanRequest, subject: str) -> list[Reason]:
     return reasons
 
 
+def nvfp4(request: PlanRequest, subject: str) -> list[Reason]:
+    """Rules of the runner `cutedsl`."""
+    options = request.settings.options.get("cutedsl", {})
+    reasons = [*_options(options, subject, fused_finalize=(True, False), activations=("nvfp4", "bf16"))]
+    if options.get("fused_finalize") is True and "deterministic" in request.features:
+        reasons.append(_atomics(subject))
+    return reasons
+
+
+def _atomics(subject: str) -> Reason:
+    message = "adds slots up with atomics, as the option fused_finalize asks: not the same bits on every run"
+    return Reason(subject, "feature", message, "deterministic", "fused_finalize", "leave fused_finalize out")
+
+
 def _options(given: Mapping[str, Any], subject: str, **allowed: tuple[Any, ...]) -> Iterator[Reason]:
     for name, values in allowed.items():
-        if name in given and not any(given[name] is v or (given[name] == v and v is not True) for v in values):
+        if name in given and not any(type(given[name]) is type(value) and given[name] == value for value in values):
             needed = " or ".join(repr(value) for value in values)
             message = f"the option {name} is {given[name]!r}"
             yield Reason(subject, "cutedsl.option", message, needed, repr(given[name]), f"set it to {needed}")

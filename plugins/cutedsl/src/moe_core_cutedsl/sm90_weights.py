@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_core.protocols import Binding
 from moe_core.weights import CanonicalWeights
+from moe_core_cutedsl.layouts import alternate
 
 LAYOUT = "up_gate32"
 #: Rows of up, then as many of gate.
@@ -27,26 +28,17 @@ class Sm90Weights:
     layout: str = LAYOUT
 
 
-def alternate(w13: Tensor, out: Tensor, rows: int = ROWS) -> Tensor:
-    """w13 [E, 2I, ...], gate then up -> out, alternately `rows` rows of up and of gate. I is a multiple of `rows`."""
-    groups = out.unflatten(1, (-1, 2, rows))
-    gate, up = w13.unflatten(1, (2, -1, rows)).unbind(1)
-    groups[:, :, 0].copy_(up)
-    groups[:, :, 1].copy_(gate)
-    return out
-
-
 def prepare(weights: CanonicalWeights, binding: Binding) -> Sm90Weights:
     """Canonical weights -> what the kernels read. w2 is shared with `weights`, and w13 of a non-gated layer."""
     gated = binding.config.activation.gated
-    w1 = alternate(weights.w13, weights.w13.new_empty(weights.w13.shape)) if gated else weights.w13
+    w1 = alternate(weights.w13, weights.w13.new_empty(weights.w13.shape), ROWS) if gated else weights.w13
     return Sm90Weights(binding.config.scheme, w1, weights.w2, gated)
 
 
 def update(quant_info: Sm90Weights, weights: CanonicalWeights, binding: Binding) -> None:
     """New values into the same memory."""
     if quant_info.gated:
-        alternate(weights.w13, quant_info.w1)
+        alternate(weights.w13, quant_info.w1, ROWS)
     elif quant_info.w1.data_ptr() != weights.w13.data_ptr():
         quant_info.w1.copy_(weights.w13)
     if quant_info.w2.data_ptr() != weights.w2.data_ptr():
