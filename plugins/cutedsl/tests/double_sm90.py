@@ -139,7 +139,7 @@ def sm90_contiguous_grouped_gemm_finalize_fusion(
     tensor("a", a, _FLOATS, (None, None))
     local, hidden, _ = tensor("w2_weight", w2_weight, a.dtype, (None, None, a.shape[1])).shape
     rows, columns = tile_shape_mn
-    need(rows in (64, 128) and columns in (64, 128, 256), f"no tile {tile_shape_mn}")
+    need(rows in (64, 128) and columns in (64, 128, 256)[: 2 + (rows == 128)], f"no tile {tile_shape_mn}")
     need(cluster_shape_mn == (1, 1) and a.shape[0] % rows == 0 and hidden % 8 == 0 and a.shape[1] % 8 == 0, "sizes")
     tokens = tensor("token_final_scales", token_final_scales, torch.float32, (None, topk)).shape[0]
     tensor("out", out, a.dtype, (tokens if use_fused_finalize else tokens * topk, hidden))

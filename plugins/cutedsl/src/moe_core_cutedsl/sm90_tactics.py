@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 #: Rows of a tile, and of padding an expert.
 TILE_ROWS = (64, 128)
-#: Columns of a tile, as the kernels allow.
-GEMM1_COLUMNS = (256, 192, 128, 64)
-GEMM2_COLUMNS = (256, 128, 64)
+#: Columns of a tile, by its rows, as the kernels allow: GEMM2 has one consumer warpgroup for 64 rows.
+GEMM1_COLUMNS = {64: (256, 192, 128, 64), 128: (256, 192, 128, 64)}
+GEMM2_COLUMNS = {64: (128, 64), 128: (256, 128, 64)}
 #: Columns' worth of time that a tile costs beyond its own.
 _TILE_OVERHEAD = 48
 #: Average rows an expert up to which tiles of 64 rows are taken.
@@ -88,9 +88,9 @@ def choose(shape: Shape, tokens: int) -> Tactic:
     swizzle = _SWIZZLE if stays and each > rows else 1
     return Tactic(
         rows,
-        _width(shape.wide, tiles, GEMM1_COLUMNS, shape.sms),
+        _width(shape.wide, tiles, GEMM1_COLUMNS[rows], shape.sms),
         swizzle,
-        _width(shape.hidden, tiles, GEMM2_COLUMNS, shape.sms),
+        _width(shape.hidden, tiles, GEMM2_COLUMNS[rows], shape.sms),
     )
 
 
