@@ -1,7 +1,7 @@
-"""Compile the kernels that this plugin calls, for a GPU that need not be here: python compile_vendor.py sm_90a | sm_100a.
+"""Compile the kernels that this plugin calls for a GPU that need not be here: compile_vendor.py sm_90a, or sm_100a.
 
-Prints a line a kernel. Needs flashinfer-python and nvidia-cutlass-dsl; uses what FlashInfer compiles them with, which is
-not its interface.
+Prints a line a kernel. Needs flashinfer-python and nvidia-cutlass-dsl; uses what FlashInfer compiles them with, which
+is not its interface.
 """
 
 from __future__ import annotations

@@ -190,10 +190,7 @@ class CuteDslMoEWrapper:
             wide = rows[token] @ _decode(w1_weight[e], first[e]).t() * w1_alpha[e]
             up, gate = wide.unflatten(1, (-1, 2, 64)).unbind(2)  # columns come up, gate, up, gate, 64 at a time
             inner = torch.nn.functional.silu(gate.flatten(1)) * up.flatten(1)
-            if quantized:
-                inner = _decode(*_quantize(inner, fc2_input_scale))
-            else:
-                inner = inner.to(_BF16).double()
+            inner = _decode(*_quantize(inner, fc2_input_scale)) if quantized else inner.to(_BF16).double()
             result = (inner @ _decode(w2_weight[e], second[e]).t() * w2_alpha[e]).to(_BF16).double()
             out.index_add_(0, token, result * weights[token, slot, None].double())
         return out.to(_BF16)

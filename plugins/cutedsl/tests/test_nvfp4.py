@@ -3,7 +3,6 @@ show."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -33,9 +32,8 @@ BATCHED = {"dispatcher": "testing_batched"}
 
 
 @pytest.fixture(autouse=True)
-def _no_calls() -> Iterator[None]:
+def _no_calls() -> None:
     double_nvfp4.CALLS.clear()
-    yield
 
 
 def layer_of(seed: int = 0, tokens: int = 9, pattern: str = "uniform", **changes: Any) -> tuple[MoeConfig, Any]:

@@ -134,10 +134,11 @@ def _step(values: Tensor, counts: Tensor) -> Tensor:
     return torch.where(largest > 0, largest / _TOP, 1.0)
 
 
-def _overlap(given: Any) -> Mapping[str, Any]:
+def _overlap(given: Mapping[str, Any] | None) -> Mapping[str, Any]:
     if given is None:
         return {}
-    unknown = sorted(set(given) - OVERLAP) if isinstance(given, Mapping) else [type(given).__name__]
+    whatever: Any = given  # a server may hand over anything
+    unknown = sorted(set(given) - OVERLAP) if isinstance(whatever, Mapping) else [type(whatever).__name__]
     if unknown:
         raise ContractViolation(
             f"state.overlap holds {', '.join(unknown)}, which the masked grouped GEMM does not know",

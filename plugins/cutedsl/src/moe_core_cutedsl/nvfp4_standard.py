@@ -87,7 +87,10 @@ class WholeExperts:
         if hidden.shape[0] == 0 or self._layer is None:
             result = torch.zeros_like(hidden)
         else:
-            result = self._compute(hidden.contiguous(), d.topk_ids.to(torch.int32), d.topk_weights, q)
+            ids = d.topk_ids.to(torch.int32)
+            if d.num_valid is not None:
+                ids = torch.where((torch.arange(ids.shape[0], device=ids.device) < d.num_valid)[:, None], ids, -1)
+            result = self._compute(hidden.contiguous(), ids, d.topk_weights, q)
         return result if state.output is None else state.output.copy_(result)
 
     def _compute(self, hidden: Tensor, ids: Tensor, weights: Tensor, q: NvFp4Weights) -> Tensor:

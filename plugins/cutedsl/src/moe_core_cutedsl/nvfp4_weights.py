@@ -29,7 +29,9 @@ QUANTIZED, PLAIN = "nvfp4", "bf16"
 
 @dataclass(slots=True)
 class NvFp4Weights:
-    """w1 uint8 [E, 2I, H / 2], w2 uint8 [E, H, I / 2]: two e2m1 values a byte, the first one low, rows as the layout says.
+    """w1 uint8 [E, 2I, H / 2], w2 uint8 [E, H, I / 2]: two e2m1 values a byte, the first one low.
+
+    Rows are as the layout says.
 
     w1_scale, w2_scale: uint8 (e4m3 bits), views as `layouts.swizzled` gives them. w1_global, w2_global: float32 [E].
     input_scale, inner_scale: float32 [E] (all equal in `mma_up_gate64`), what a quantized input of GEMM1 and of GEMM2

@@ -124,14 +124,15 @@ HOPPER = RunnerSpec(
 _FLASHINFER_WANTS = Wants(
     id_spaces=(IdSpace.GLOBAL,),
     dropped=(DroppedSlot.NEGATIVE, DroppedSlot.NEVER),
+    ids_dtypes=("int32", "int64"),
+    optional=frozenset({"num_valid"}),
     can=frozenset({Step.ROUTED_SCALING}),
     always=frozenset({Step.ROUTER_WEIGHT, Step.TOPK_SUM}),
 )
-_SORTED_WANTS = replace(_FLASHINFER_WANTS, ids_dtypes=("int32", "int64"), optional=frozenset({"num_valid"}))
 # The sort looks global ids up in the dispatcher's map, which spares the dispatcher a pass over them.
 _SM90_WANTS = (
-    replace(_SORTED_WANTS, extras=frozenset({"expert_map"})),
-    replace(_SORTED_WANTS, id_spaces=(IdSpace.LOCAL,)),
+    replace(_FLASHINFER_WANTS, extras=frozenset({"expert_map"})),
+    replace(_FLASHINFER_WANTS, id_spaces=(IdSpace.LOCAL,)),
 )
 
 FUSED = (

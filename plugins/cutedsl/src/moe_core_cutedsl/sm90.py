@@ -191,8 +191,7 @@ class Sm90Runner:
             few = Call(hidden, many[:1], many[:1].float(), table, valid)
             for tactic in self._tactics.all():
                 self._compute(few, w1, w2, torch.empty_like(hidden), tactic)
-            more = {"num_experts": self._experts, "rows": 64, "expert_map": table, "num_valid": valid}
-            tiles = sort(many, many.float(), **more)
+            tiles = sort(many, many.float(), num_experts=self._experts, rows=64, expert_map=table, num_valid=valid)
             rows = hidden.new_zeros(many.numel(), config.hidden_size)
             combine(rows, tiles.weights, tiles.local_ids, rows[: many.shape[0]].clone())
 
