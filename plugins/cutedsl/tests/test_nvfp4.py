@@ -14,7 +14,7 @@ from moe_core_cutedsl import layouts, nvfp4_masked, nvfp4_weights
 from torch import Tensor
 
 from moe_core import CanonicalWeights, MoeConfig, ParallelConfig
-from moe_core.errors import BindError, ContractViolation, LayoutMismatch, UnsupportedOverride, WeightError
+from moe_core.errors import BindError, ConfigError, ContractViolation, LayoutMismatch, UnsupportedOverride, WeightError
 from moe_core.formats import BatchedDispatchOutput
 from moe_core.protocols import RunningState
 from moe_core.quant import TwoLevelScale, builtin_scheme, dequantize, quantize, quantize_activation
@@ -269,7 +269,7 @@ def test_refusals() -> None:
         other, wrong = layer_of(**changes)
         with pytest.raises(UnsupportedOverride, match=message):
             planned("cutedsl", other, wrong.weights)
-    with pytest.raises(UnsupportedOverride, match="activations is 'fp8'"):
+    with pytest.raises(ConfigError, match="'activations' of 'cutedsl' is 'fp8'"):
         planned("cutedsl", config, layer.weights, options={"activations": "fp8"})
     with pytest.raises(UnsupportedOverride, match="atomics"):
         planned("cutedsl", config, layer.weights, options={"fused_finalize": True}, features={"deterministic"})

@@ -13,7 +13,7 @@ from moe_core_cutedsl import layouts, sm90, sm90_weights
 
 import moe_core
 from moe_core import Activation, MoeConfig, ParallelConfig
-from moe_core.errors import DependencyError, UnsupportedOverride
+from moe_core.errors import ConfigError, DependencyError, UnsupportedOverride
 from moe_core.protocols import RunningState
 from moe_core.testing import assert_close, make_layer
 from moe_core.testing.oracle import dense
@@ -162,8 +162,6 @@ def vars_of(tiles: Any, **changes: Any) -> Any:
         ({"bias": True}, {}, "'bias'"),
         ({"no_combine": True}, {}, "'no_combine'"),
         ({"scheme": "fp8_channel"}, {}, "does not run fp8_channel"),
-        ({}, {"options": {"fused_finalize": "yes"}}, "fused_finalize is 'yes'"),
-        ({}, {"options": {"sort": "quick"}}, "sort is 'quick'"),
         ({}, {"options": {"fused_finalize": True}, "features": {"deterministic"}}, "atomics"),
     ],
 )
@@ -171,6 +169,13 @@ def test_refusals(changes: dict[str, Any], request_changes: dict[str, Any], mess
     config, layer = layer_of(**changes)
     with pytest.raises(UnsupportedOverride, match=message):
         planned("cutedsl_sm90", config, layer.weights, **request_changes)
+
+
+@pytest.mark.parametrize("wrong", [{"fused_finalize": "yes"}, {"fused_finalize": 1}, {"sort": "quick"}])
+def test_wrong_options(wrong: dict[str, Any]) -> None:
+    config, layer = layer_of()
+    with pytest.raises(ConfigError, match=f"(?s){next(iter(wrong))}.*it takes"):
+        planned("cutedsl_sm90", config, layer.weights, options=wrong)
 
 
 def test_another_flashinfer(patch: pytest.MonkeyPatch) -> None:

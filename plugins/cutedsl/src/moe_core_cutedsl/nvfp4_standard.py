@@ -15,7 +15,8 @@ from moe_core.formats import StandardDispatchOutput
 from moe_core.protocols import Binding, RunningState
 from moe_core.vocabulary import Step
 from moe_core_cutedsl.activations import PASSED, keywords
-from moe_core_cutedsl.nvfp4_weights import PLAIN, NvFp4Weights
+from moe_core_cutedsl.nvfp4_weights import PLAIN, QUANTIZED, NvFp4Weights
+from moe_core_cutedsl.options import choice
 from moe_core_cutedsl.vendor import entry, has, load
 
 MAKE = entry(
@@ -48,7 +49,8 @@ class WholeExperts:
 
     def __init__(self, binding: Binding) -> None:
         config, terms = binding.config, binding.terms
-        self._plain = binding.options.get("activations") == PLAIN
+        self._plain = choice(binding.options, "cutedsl", "activations", (QUANTIZED, PLAIN)) == PLAIN
+        fused = choice(binding.options, "cutedsl", "fused_finalize", (False, True))
         make = load(MAKE)
         load(RUN)
         if not self._plain:
@@ -69,7 +71,7 @@ class WholeExperts:
                 local_expert_offset=owned[0],
                 output_dtype=binding.dtype,
                 device=str(binding.device),
-                use_fused_finalize=bool(binding.options.get("fused_finalize", False)),
+                use_fused_finalize=fused,
                 quant_mode="w4a16" if self._plain else "w4a4",
                 **keywords(config.activation),
             )

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
-
 from moe_core.capability import Reason
 from moe_core.request import PlanRequest
 
@@ -16,7 +13,7 @@ def sm90(request: PlanRequest, subject: str) -> list[Reason]:
     """Rules of the runner `cutedsl_sm90`."""
     activation, inner = request.config.activation, request.local_intermediate_size
     options = request.settings.options.get("cutedsl_sm90", {})
-    reasons = [*_options(options, subject, fused_finalize=(True, False), sort=("own", "flashinfer"))]
+    reasons: list[Reason] = []
     if activation.gated != (activation.name != "relu2"):
         form = "gated" if activation.gated else "non-gated"
         reasons.append(Reason(subject, "activation.gated", f"has no {form} {activation.name}", found=form))
@@ -41,23 +38,13 @@ def sm90(request: PlanRequest, subject: str) -> list[Reason]:
 def nvfp4(request: PlanRequest, subject: str) -> list[Reason]:
     """Rules of the runner `cutedsl`."""
     options = request.settings.options.get("cutedsl", {})
-    reasons = [*_options(options, subject, fused_finalize=(True, False), activations=("nvfp4", "bf16"))]
-    if options.get("fused_finalize") is True and "deterministic" in request.features:
-        reasons.append(_atomics(subject))
-    return reasons
+    asked = options.get("fused_finalize") is True and "deterministic" in request.features
+    return [_atomics(subject)] if asked else []
 
 
 def _atomics(subject: str) -> Reason:
     message = "adds slots up with atomics, as the option fused_finalize asks: not the same bits on every run"
     return Reason(subject, "feature", message, "deterministic", "fused_finalize", "leave fused_finalize out")
-
-
-def _options(given: Mapping[str, Any], subject: str, **allowed: tuple[Any, ...]) -> Iterator[Reason]:
-    for name, values in allowed.items():
-        if name in given and not any(type(given[name]) is type(value) and given[name] == value for value in values):
-            needed = " or ".join(repr(value) for value in values)
-            message = f"the option {name} is {given[name]!r}"
-            yield Reason(subject, "cutedsl.option", message, needed, repr(given[name]), f"set it to {needed}")
 
 
 def hopper(request: PlanRequest, subject: str) -> list[Reason]:

@@ -22,6 +22,7 @@ from moe_core.vocabulary import IdSpace, Step
 from moe_core_cutedsl.activations import PASSED, keywords
 from moe_core_cutedsl.kernels.combine import combine
 from moe_core_cutedsl.kernels.sort import ONE_LAUNCH, Tiles, sort
+from moe_core_cutedsl.options import choice
 from moe_core_cutedsl.sm90_tactics import Shape, Tactic, Tactics
 from moe_core_cutedsl.sm90_weights import Sm90Weights
 from moe_core_cutedsl.vendor import entry, load
@@ -69,8 +70,8 @@ class Sm90Runner:
         config = binding.config
         self._config, self._device, self._dtype = config, binding.device, binding.dtype
         self._experts = binding.num_local_experts
-        self._fused = bool(binding.options.get("fused_finalize", False))
-        self._pdl = bool(binding.options.get("pdl", True))
+        self._fused = choice(binding.options, "cutedsl_sm90", "fused_finalize", (False, True))
+        whole = choice(binding.options, "cutedsl_sm90", "sort", ("own", "flashinfer")) == "flashinfer"
         self._activation = keywords(config.activation)
         terms = binding.terms
         self._factor = config.routed_scaling_factor if terms is None or terms.runner_does(Step.ROUTED_SCALING) else 1.0
@@ -78,8 +79,8 @@ class Sm90Runner:
         self._whole: Callable[..., Tensor] | None = None
         is_global = terms is None or terms.id_space is IdSpace.GLOBAL
         #: Whether the sort looks ids up in the dispatcher's map. On one rank global ids are the local ones.
-        self.mapped = is_global and binding.parallel.ep_size > 1 and binding.options.get("sort") != "flashinfer"
-        if binding.options.get("sort") == "flashinfer":
+        self.mapped = is_global and binding.parallel.ep_size > 1 and not whole
+        if whole:
             self._whole = load(WHOLE)
             owned = binding.parallel.local_experts(config.num_experts)
             self._ids = (config.num_experts, owned[0] if owned else 0) if is_global else (self._experts, 0)
@@ -148,7 +149,7 @@ class Sm90Runner:
             "tile_idx_to_mn_limit": tiles.tile_limit,
             "num_non_exiting_tiles": tiles.used,
             "topk": self._config.top_k,
-            "enable_pdl": self._pdl,
+            "enable_pdl": True,
         }
 
     def _by_flashinfer(self, call: Call, w1: Tensor, w2: Tensor, out: Tensor, tactic: Tactic) -> None:
@@ -171,7 +172,7 @@ class Sm90Runner:
             local_expert_offset=offset,
             use_fused_finalize=self._fused,
             moe_output=out,
-            enable_pdl=self._pdl,
+            enable_pdl=True,
             tactic=tactic.vendor(),
             **self._activation,
         )
