@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +25,11 @@ from .making import Inputs
 
 Bound = Callable[[Inputs], Tensor]
 #: Runners with options of their own: name -> runner, options.
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"triton-plain": ("triton", {"specialized": False})}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "triton-plain": ("triton", {"specialized": False}),
+    "cutedsl_sm90-fused": ("cutedsl_sm90", {"fused_finalize": True}),
+    "cutedsl_sm90-whole": ("cutedsl_sm90", {"sort": "flashinfer", "fused_finalize": True}),
+}
 #: The plan serves up to this many tokens as decode.
 DECODE_TOKENS = 256
 
@@ -46,8 +51,11 @@ def registry(runner: str) -> Registry:
         installed.runner(runner)
         return installed
     except ConfigError:
-        module = importlib.import_module(f"moe_core_{runner}.plugin")
-        return Registry([module.plugin])
+        # A plugin with several runners begins their names with its own.
+        words = runner.split("_")
+        names = (f"moe_core_{'_'.join(words[:count])}" for count in range(len(words), 0, -1))
+        found = next((name for name in names if importlib.util.find_spec(name) is not None), f"moe_core_{runner}")
+        return Registry([importlib.import_module(f"{found}.plugin").plugin])
 
 
 def ours(runner: str) -> Contestant:
