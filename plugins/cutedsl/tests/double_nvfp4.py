@@ -26,10 +26,15 @@ def _quantize(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     return pack_nibbles(codes), scale
 
 
+#: The two values of a byte.
+_PAIRS = decode_e2m1(unpack_nibbles(torch.arange(256, dtype=torch.uint8)[:, None]))
+
+
 def _decode(packed: Tensor, scale: Tensor) -> Tensor:
     """packed [R, K / 2], e4m3 scale [R, K / 16] -> float64 [R, K], without any global scale."""
-    values = decode_e2m1(unpack_nibbles(packed)).double().unflatten(-1, (-1, 16))
-    return (values * scale.double()[..., None]).flatten(-2)
+    values = _PAIRS[packed.int()].unflatten(-2, (-1, 8))
+    # Exact in float32: two and four bits of significand.
+    return (values * scale.float()[..., None, None]).flatten(-3).double()
 
 
 def _linear(name: str, scale: Any, dtype: torch.dtype, rows: int, k: int, groups: int) -> Tensor:
