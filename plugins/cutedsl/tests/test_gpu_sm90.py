@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import importlib.util
 import os
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -39,7 +38,11 @@ def _here() -> str | None:
 
 
 _SHARD = os.environ.get("MOE_CORE_TEST_SHARD")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_here() is not None, reason=str(_here()))]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(_here() is not None, reason=str(_here())),
+    pytest.mark.filterwarnings("ignore"),  # a vendor's deprecations are not ours
+]
 SIZES: dict[str, Any] = {"num_experts": 64, "top_k": 8, "hidden_size": 2048, "intermediate_size": 768}
 LAYERS: dict[str, dict[str, Any]] = {
     "qwen": SIZES,
@@ -68,10 +71,7 @@ def _part(request: pytest.FixtureRequest) -> Iterator[None]:
         part, _, parts = _SHARD.partition("/")
         if zlib.crc32(request.node.nodeid.encode()) % int(parts) != int(part):
             pytest.skip("another part's")
-    with warnings.catch_warnings():
-        # A vendor's deprecations are not ours.
-        warnings.simplefilter("ignore")
-        yield
+    yield
     torch.cuda.empty_cache()
 
 

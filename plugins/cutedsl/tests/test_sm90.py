@@ -110,6 +110,15 @@ def test_weights_are_updated_in_place(activation: str) -> None:
     close(plan(layer.hidden, layer.topk), config, layer, other)
 
 
+@pytest.mark.parametrize("sort", ["own", "flashinfer"])
+@pytest.mark.parametrize("tactic", [[64, 192, 1, 128], (128, 64, 8, 256)])
+def test_a_tactic_of_the_callers(tactic: Any, sort: str) -> None:
+    config, layer = layer_of(tokens=150)
+    plan = planned("cutedsl_sm90", config, layer.weights, options={"tactic": tactic, "sort": sort})
+    assert {plan.runner._tactics(tokens).vendor()[0] for tokens in (1, 150, 9999)} == {tactic[0]}
+    close(plan(layer.hidden, layer.topk), config, layer)
+
+
 def test_prepared_rows() -> None:
     """Row 64 * j + r is row 32 * j + r of up, then of gate; and back."""
     w13 = torch.arange(2 * 192 * 3).view(2, 192, 3).float()
@@ -171,7 +180,7 @@ def test_refusals(changes: dict[str, Any], request_changes: dict[str, Any], mess
         planned("cutedsl_sm90", config, layer.weights, **request_changes)
 
 
-@pytest.mark.parametrize("wrong", [{"fused_finalize": "yes"}, {"fused_finalize": 1}, {"sort": "quick"}])
+@pytest.mark.parametrize("wrong", [{"fused_finalize": "yes"}, {"sort": "quick"}, {"tactic": [64, 64, 1, 256]}])
 def test_wrong_options(wrong: dict[str, Any]) -> None:
     config, layer = layer_of()
     with pytest.raises(ConfigError, match=f"(?s){next(iter(wrong))}.*it takes"):

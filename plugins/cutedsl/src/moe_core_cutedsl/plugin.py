@@ -81,6 +81,8 @@ SM90 = RunnerSpec(
         "traffic, another rounding each slot, other bits each run (default: false)",
         "sort": "'own': our Triton kernels; 'flashinfer': FlashInfer's whole entry point, whose C++ sort is compiled "
         "by nvcc when it is first used (default: 'own')",
+        "tactic": "[rows, columns of GEMM1, swizzle, columns of GEMM2]: one tile shape for calls of any size (default: "
+        "by the number of tokens, from a model of the device)",
     },
     support=Support(
         devices={"cuda": ("sm_90",)},

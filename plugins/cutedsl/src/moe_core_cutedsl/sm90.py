@@ -23,7 +23,7 @@ from moe_core_cutedsl.activations import PASSED, keywords
 from moe_core_cutedsl.kernels.combine import combine
 from moe_core_cutedsl.kernels.sort import ONE_LAUNCH, Tiles, sort
 from moe_core_cutedsl.options import choice
-from moe_core_cutedsl.sm90_tactics import Shape, Tactic, Tactics
+from moe_core_cutedsl.sm90_tactics import Shape, Tactic, Tactics, parsed
 from moe_core_cutedsl.sm90_weights import Sm90Weights
 from moe_core_cutedsl.vendor import entry, load
 
@@ -75,7 +75,9 @@ class Sm90Runner:
         self._activation = keywords(config.activation)
         terms = binding.terms
         self._factor = config.routed_scaling_factor if terms is None or terms.runner_does(Step.ROUTED_SCALING) else 1.0
-        self._tactics = Tactics(shape_of(binding), binding.max_tokens)
+        fixed = None if binding.options.get("tactic") is None else parsed(binding.options["tactic"])
+        pick = None if fixed is None else lambda tokens: fixed
+        self._tactics = Tactics(shape_of(binding), binding.max_tokens, pick)
         self._whole: Callable[..., Tensor] | None = None
         is_global = terms is None or terms.id_space is IdSpace.GLOBAL
         #: Whether the sort looks ids up in the dispatcher's map. On one rank global ids are the local ones.
@@ -94,7 +96,11 @@ class Sm90Runner:
         hidden = runner_input.hidden
         tokens = hidden.shape[0]
         given = state.output
-        out = given if given is not None and given.is_contiguous() else torch.empty_like(hidden)
+        out = (
+            given
+            if given is not None and _fits(given)
+            else torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        )
         if tokens == 0 or self._experts == 0:
             out.zero_()
         else:
@@ -118,7 +124,7 @@ class Sm90Runner:
         inner = call.hidden.new_empty(positions, w2.shape[2])
         common = self._common(tiles, tactic)
         self._gemm1(
-            x=call.hidden.contiguous(),
+            x=call.hidden if _fits(call.hidden) else call.hidden.clone(memory_format=torch.contiguous_format),
             w1_weight=w1,
             token_id_mapping=tiles.slots,
             out=inner,
@@ -195,6 +201,11 @@ class Sm90Runner:
             tiles = sort(many, many.float(), num_experts=self._experts, rows=64, expert_map=table, num_valid=valid)
             rows = hidden.new_zeros(many.numel(), config.hidden_size)
             combine(rows, tiles.weights, tiles.local_ids, rows[: many.shape[0]].clone())
+
+
+def _fits(tensor: Tensor) -> bool:
+    """Whether the kernels can read or write it as it lies: rows one after the other, from a 16-byte boundary on."""
+    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
 
 
 def shape_of(binding: Binding) -> Shape:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from moe_core.errors import ConfigError
+
 #: Rows of a tile, and of padding an expert.
 TILE_ROWS = (64, 128)
 #: Columns of a tile, by its rows, as the kernels allow: GEMM2 has one consumer warpgroup for 64 rows.
@@ -91,6 +93,21 @@ def choose(shape: Shape, tokens: int) -> Tactic:
         _width(shape.wide, tiles, GEMM1_COLUMNS[rows], shape.sms),
         swizzle,
         _width(shape.hidden, tiles, GEMM2_COLUMNS[rows], shape.sms),
+    )
+
+
+def parsed(value: object) -> Tactic:
+    """The option `tactic`: [rows, columns of GEMM1, swizzle, columns of GEMM2]. Raises ConfigError for any other."""
+    numbers = list(value) if isinstance(value, (list, tuple)) else []
+    if len(numbers) == 4 and all(type(number) is int for number in numbers):
+        rows, columns1, swizzle, columns2 = numbers
+        known = rows in TILE_ROWS and columns1 in GEMM1_COLUMNS[rows] and columns2 in GEMM2_COLUMNS[rows]
+        if known and swizzle >= 1:
+            return Tactic(rows, columns1, swizzle, columns2)
+    raise ConfigError(
+        f"the option 'tactic' of 'cutedsl_sm90' is {value!r}",
+        hint="it takes [rows, columns of GEMM1, swizzle, columns of GEMM2]: rows and columns "
+        f"{GEMM1_COLUMNS} for GEMM1, {GEMM2_COLUMNS} for GEMM2, swizzle from 1 on",
     )
 
 
