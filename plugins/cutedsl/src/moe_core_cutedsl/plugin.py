@@ -61,7 +61,7 @@ NVFP4 = RunnerSpec(
         hidden_multiple=128,
         intermediate_multiple=64,
         placements=frozenset({"linear"}),
-        requires=(_flashinfer("0.7"), _CUTE, _TRITON),
+        requires=(_flashinfer("0.7.1"), _CUTE, _TRITON),
     ),
 )
 
@@ -95,7 +95,7 @@ SM90 = RunnerSpec(
         graph_capture=frozenset(Phase),
         hidden_multiple=8,
         intermediate_multiple=8,
-        requires=(_flashinfer("0.7"), _CUTE, _TRITON),
+        requires=(_flashinfer("0.7.1"), _CUTE, _TRITON),
     ),
 )
 
