@@ -135,3 +135,47 @@ def test_as_one_rank(
     found = [rank[f"{case} {runner} {scheme}"] for rank in said(dispatcher, count, tmp_path_factory.mktemp("ranks"))]
     limit = 4e-2 if scheme == "fp8_block128" else 2e-2
     assert all(isinstance(error, float) and error <= limit for error in found), found
+
+
+LOST = """
+config = MoeConfig(num_experts=16, top_k=4, hidden_size=2048, intermediate_size=512)
+from moe_core import RunningState
+from moe_core.testing import make_layer
+layer = make_layer(config, 1, tokens=8, device=device)
+plan = here.plan(config, layer, "symm_mem", "triton", most=8, options={"timeout_s": 2, "equal_tokens": True})
+plan(layer.hidden, layer.topk)
+torch.cuda.synchronize()
+dist.barrier()
+torch.cuda.synchronize()
+
+def lonely():
+    "A call that the other rank does not make; what it ends in, what the next call says, and after how long."
+    began = time.monotonic()
+    plan(layer.hidden, layer.topk)
+    try:
+        torch.cuda.synchronize()
+        ended = "nothing"
+    except RuntimeError as error:
+        ended = type(error).__name__
+    waited = time.monotonic() - began
+    try:
+        plan(layer.hidden, layer.topk)
+    except moe_core.CommunicationError as error:
+        return [ended, waited, str(error)]
+
+if rank == 0:
+    say("lonely", lonely)
+else:
+    time.sleep(6)
+print(json.dumps(said), flush=True)
+os._exit(0)  # its context is gone
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("moe_core_triton") is None, reason="moe_core_triton is not installed")
+def test_a_rank_that_does_not_come_ends_in_an_error_that_names_it(tmp_path: Path) -> None:
+    """`symm_mem` waits on the device, for `timeout_s`; the kernel then ends the process's context."""
+    ended, waited, error = run_ranks(2, SCRIPT + LOST, tmp_path, backend="nccl", limit_s=120)[0]["lonely"]
+    assert ended != "nothing"
+    assert 1 < waited < 10
+    assert "waited 2 s for EP rank 1" in error
