@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from double_basics import BF16, F32, FP8, I32, I64, Collective, DoubleError, EventOverlap, garbage, is_tensor, need
 from torch import Tensor
 
 topk_idx_t = torch.int64
-_FP8, _BF16, _F32, _I32, _I64 = torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.int32, torch.int64
 _LL_HIDDEN = (2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192)
 _INT_MAX = 2**31 - 1
 #: Ranks -> (send, receive) rows of a chunk.
@@ -29,58 +29,23 @@ _DISPATCH = {2: (24, 256), 4: (6, 256), 8: (6, 256)}
 _COMBINE = {2: (10, 256), 4: (9, 256), 8: (4, 256)}
 
 
-class DoubleError(AssertionError):
-    """DeepEP would not survive this call."""
-
-
-def _need(holds: bool, message: str) -> None:
-    if not holds:
-        raise DoubleError(message)
-
-
-def _tensor(name: str, tensor: Any, dtype: torch.dtype, shape: tuple[int | None, ...], *, dense: bool = True) -> None:
-    """An argument's dtype, shape (None: any) and contiguity."""
-    is_ = getattr(tensor, "dtype", type(tensor).__name__)
-    _need(is_ == dtype, f"{name} is {is_}, not {dtype}")
-    fits = len(tensor.shape) == len(shape) and all(b in (None, a) for a, b in zip(tensor.shape, shape, strict=True))
-    _need(fits, f"{name} is {list(tensor.shape)}, not {list(shape)}")
-    _need(tensor.is_contiguous() or not dense, f"{name} is not contiguous")
-
-
-def _garbage(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.full(shape, float("nan") if dtype.is_floating_point else -1, dtype=dtype)
-
-
 def _to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x: [T, H] -> float8 [T, H] and float32 scales [T, H / 128], which multiply."""
     groups = x.float().view(x.shape[0], x.shape[1] // 128, 128)
     scales = groups.abs().amax(-1).clamp(min=1e-4) / 448
-    return (groups / scales.unsqueeze(-1)).clamp(-448, 448).flatten(1).to(_FP8), scales
-
-
-class EventOverlap:
-    """What the calls return; `event` is None unless the call had async_finish=True."""
-
-    def __init__(self, event: Callable[[], None] | None = None) -> None:
-        self.event = event
-
-    def current_stream_wait(self) -> None:
-        """Only of a call with async_finish=True, or of `Buffer.capture()`."""
-        if self.event is None:
-            raise DoubleError("there is no event to wait for: the call had async_finish=False")
-        self.event()
+    return (groups / scales.unsqueeze(-1)).clamp(-448, 448).flatten(1).to(FP8), scales
 
 
 class Config:
     """SMs and chunk sizes (rows) of a normal call."""
 
     def __init__(self, num_sms: int, nvl_send: int, nvl_recv: int, rdma_send: int = 6, rdma_recv: int = 128) -> None:
-        _need(num_sms >= 0 and 0 < nvl_send < nvl_recv, "0 < rows sent < rows received")
+        need(num_sms >= 0 and 0 < nvl_send < nvl_recv, "0 < rows sent < rows received")
         self.num_sms, self.nvl_recv = num_sms, nvl_recv
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         """Bytes: a queue per channel and rank, of rows with 128 ids, weights and scales and 8 bytes more."""
-        _need(num_ranks <= 8, "the double is one node of at most 8 ranks")
+        need(num_ranks <= 8, "the double is one node of at most 8 ranks")
         row = hidden_bytes + 8 + 128 * (8 + 4 + 4)
         return -(-(self.num_sms // 2 * num_ranks) * (20 + self.nvl_recv * row) // 128) * 128
 
@@ -103,7 +68,7 @@ class _Ticket:
     slots: Tensor  # int64: the flat row in [L * R * M] of each row received (low latency)
 
 
-class Buffer:
+class Buffer(Collective):
     """V1 `deep_ep.Buffer` within one node. All ranks make the same calls in the same order, which is checked too."""
 
     num_sms: ClassVar[int] = 20
@@ -114,48 +79,40 @@ class Buffer:
         allow_mnnvl: bool = False, use_fabric: bool = False, explicitly_destroy: bool = False,
         enable_shrink: bool = False, comm: Any = None,
     ) -> None:  # fmt: skip
-        _need(comm is None and not enable_shrink, "not implemented: an mpi4py group, and shrinking")
+        need(comm is None and not enable_shrink, "not implemented: an mpi4py group, and shrinking")
         assert group is not None
-        self.group, self.rank, self.group_size = group, group.rank(), group.size()
+        super().__init__(group, explicitly_destroy)
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
-        self.low_latency_mode, self.explicitly_destroy = low_latency_mode, explicitly_destroy
-        _need(self.group_size <= 8, "the double is one node of at most 8 ranks")
+        self.low_latency_mode = low_latency_mode
+        need(self.group_size <= 8, "the double is one node of at most 8 ranks")
         for size in (num_nvl_bytes, num_rdma_bytes):
-            _need(size % 128 == 0 and size // 16 < _INT_MAX, f"a multiple of 128 bytes below 32 GiB, not {size}")
-        _need(num_rdma_bytes == 0 or low_latency_mode, "num_rdma_bytes without low_latency_mode within a node")
-        _need(num_rdma_bytes == 0 or num_nvl_bytes <= _INT_MAX, "num_nvl_bytes is below 2 GiB next to RDMA bytes")
-        _need(num_qps_per_rank > 0 or not low_latency_mode, "num_qps_per_rank is positive")
+            need(size % 128 == 0 and size // 16 < _INT_MAX, f"a multiple of 128 bytes below 32 GiB, not {size}")
+        need(num_rdma_bytes == 0 or low_latency_mode, "num_rdma_bytes without low_latency_mode within a node")
+        need(num_rdma_bytes == 0 or num_nvl_bytes <= _INT_MAX, "num_nvl_bytes is below 2 GiB next to RDMA bytes")
+        need(num_qps_per_rank > 0 or not low_latency_mode, "num_qps_per_rank is positive")
         self._qps, self._queue_depth = num_qps_per_rank, int(os.environ.setdefault("NVSHMEM_QP_DEPTH", "1024"))
         self._tickets: dict[int, _Ticket] = {}
-        self._deferred: list[Callable[[], None]] = []  # what the communication stream has to do, in order
-        self._hooked: Callable[[], None] | None = None  # what the hook that was not called yet has to do
         self._staged = (-1, 0, torch.empty(0))  # low-latency calls before, id of the handle's first tensor, rows
-        self._destroyed = self._dirty = False
+        self._dirty = False
         self._calls = 0  # of low latency
         self._agree("Buffer", num_nvl_bytes, num_rdma_bytes, low_latency_mode)
-
-    def destroy(self) -> None:
-        """Needs explicitly_destroy=True; nothing works afterwards."""
-        _need(self.explicitly_destroy, "destroy() needs explicitly_destroy=True")
-        self._agree("destroy")
-        self._destroyed = True
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
         """For all buffers: the SMs of the default configs."""
-        _need(new_num_sms % 2 == 0, f"the number of SMs is even, not {new_num_sms}")
+        need(new_num_sms % 2 == 0, f"the number of SMs is even, not {new_num_sms}")
         Buffer.num_sms = new_num_sms
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
         """The default of `dispatch`."""
-        _need(num_ranks in _DISPATCH, f"no config for {num_ranks} ranks")
+        need(num_ranks in _DISPATCH, f"no config for {num_ranks} ranks")
         return Config(Buffer.num_sms, *_DISPATCH[num_ranks])
 
     @staticmethod
     def get_combine_config(num_ranks: int) -> Config:
         """The default of `combine`."""
-        _need(num_ranks in _COMBINE, f"no config for {num_ranks} ranks")
+        need(num_ranks in _COMBINE, f"no config for {num_ranks} ranks")
         return Config(Buffer.num_sms, *_COMBINE[num_ranks])
 
     @staticmethod
@@ -165,11 +122,6 @@ class Buffer:
         """Bytes: twice M * E rows to send and to receive, each with 4 bytes for 128 values, and the flags."""
         rows = num_experts * num_max_dispatch_tokens_per_rank * (hidden * 2 + max(16, hidden // 128 * 4))
         return ((4 * rows + 2 * -(-num_experts * 4 // 128) * 128) // 128 + 1) * 128
-
-    @staticmethod
-    def capture() -> EventOverlap:
-        """An event of the current stream."""
-        return EventOverlap(lambda: None)
 
     def get_dispatch_layout(
         self, topk_idx: Tensor, num_experts: int, previous_event: EventOverlap | None = None,
@@ -181,7 +133,7 @@ class Buffer:
         owner = topk_idx.div(num_experts // self.group_size, rounding_mode="floor")
         goes = (owner.unsqueeze(-1) == torch.arange(self.group_size)).any(1)  # once to a rank, for all its experts
         per_expert = torch.bincount(topk_idx[topk_idx >= 0], minlength=num_experts)
-        return goes.sum(0).to(_I32), None, per_expert.to(_I32), goes, self._later([], async_finish)[1]
+        return goes.sum(0).to(I32), None, per_expert.to(I32), goes, self._later([], async_finish)[1]
 
     def dispatch(
         self, x: Tensor | tuple[Tensor, Tensor], handle: tuple[Any, ...] | None = None,
@@ -196,32 +148,32 @@ class Buffer:
         Rows [N, H] by source rank, int64 [N, K] ids in [0, L) or -1, float32 [N, K] weights (0 where -1), counts of L
         local experts, handle, event. With num_worst_tokens: that many rows, and no counts.
         """
-        _need(handle is None, "not implemented: replaying the layout of a handle")
+        need(handle is None, "not implemented: replaying the layout of a handle")
         self._begin(previous_event, async_finish, allocate_on_comm_stream)
         ranks, config = self.group_size, config or Buffer.get_dispatch_config(self.group_size)
         rows, scales = x if isinstance(x, tuple) else (x, None)
-        _tensor("x", rows, _BF16 if scales is None else _FP8, (None, None))
+        is_tensor("x", rows, BF16 if scales is None else FP8, (None, None))
         (tokens, hidden), row_bytes = rows.shape, rows.shape[1] * rows.element_size()
         if scales is not None:
-            _need(hidden % 128 == 0, f"fp8 rows of {hidden} values: not a multiple of 128")
-            _tensor("scales", scales, _F32, (tokens, hidden // 128), dense=False)
+            need(hidden % 128 == 0, f"fp8 rows of {hidden} values: not a multiple of 128")
+            is_tensor("scales", scales, F32, (tokens, hidden // 128), dense=False)
         # The kernel moves a row in two halves of 16-byte words, each through 8 KiB together with an 8-byte flag.
-        _need(row_bytes % 32 == 0 and row_bytes <= 16368, f"a row is a multiple of 32 up to 16368 bytes: {row_bytes}")
+        need(row_bytes % 32 == 0 and row_bytes <= 16368, f"a row is a multiple of 32 up to 16368 bytes: {row_bytes}")
         self._normal_room(config, row_bytes)
         if topk_idx is None or topk_weights is None or num_tokens_per_expert is None:
             raise DoubleError("dispatch needs topk_idx and topk_weights (not implemented: without) and their layout")
         experts, local = len(num_tokens_per_expert), len(num_tokens_per_expert) // ranks
-        _tensor("topk_weights", topk_weights, _F32, tuple(topk_idx.shape))
+        is_tensor("topk_weights", topk_weights, F32, tuple(topk_idx.shape))
         if (topk_idx.data_ptr() == 0) != (topk_weights.data_ptr() == 0):  # an assertion of its kernel, seen on an H200
             raise DoubleError("topk_idx and topk_weights have an address both, or neither: empty tensors may differ")
         told = num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank
         per_rank, _, per_expert, in_rank, _ = made = self.get_dispatch_layout(topk_idx, experts, async_finish=True)
         for given, true in zip(told, made[:4], strict=True):
             if true is not None:
-                _tensor("the layout", given, true.dtype, tuple(true.shape))
+                is_tensor("the layout", given, true.dtype, tuple(true.shape))
             same = given is true or (given is not None and true is not None and torch.equal(given, true))
-            _need(same and len(in_rank) == tokens, "the layout is not that of topk_idx and x")
-        _need(expert_alignment > 0 and num_worst_tokens >= 0, "expert_alignment is positive")
+            need(same and len(in_rank) == tokens, "the layout is not that of topk_idx and x")
+        need(expert_alignment > 0 and num_worst_tokens >= 0, "expert_alignment is positive")
         wire = [rows, topk_idx, topk_weights] if scales is None else [rows, scales, topk_idx, topk_weights]
         self._agree("dispatch", experts, config.num_sms, expert_alignment, *(part.shape[1] for part in wire), row_bytes)
 
@@ -229,17 +181,17 @@ class Buffer:
         counts = self._exchange(counts, [1] * ranks, [1] * ranks)
         sent, received, order = per_rank.tolist(), counts[:, -1].tolist(), in_rank.T.nonzero()[:, 1]
         total = sum(received)
-        _need(num_worst_tokens == 0 or total <= num_worst_tokens, f"{total} rows came, past {num_worst_tokens}")
+        need(num_worst_tokens == 0 or total <= num_worst_tokens, f"{total} rows came, past {num_worst_tokens}")
         room, got = num_worst_tokens or total, []
         for part in wire:
-            got.append(_garbage(room, part.shape[1], dtype=part.dtype))
+            got.append(garbage(room, part.shape[1], dtype=part.dtype))
             got[-1][:total] = self._exchange(part, sent, received, order)
         ids = got[-2] - self.rank * local
         got[-2] = torch.where((ids >= 0) & (ids < local), ids, -1)
         got[-1][:total][got[-2][:total] < 0] = 0  # the tail of the ids is -1, that of the weights is undefined
         channels, none = config.num_sms // 2, torch.empty(0)
         shapes = ((ranks, ranks), (ranks, channels), (ranks, channels), (room,), (tokens, ranks))
-        opaque = [_garbage(*shape, dtype=_I32) for shape in shapes]
+        opaque = [garbage(*shape, dtype=I32) for shape in shapes]
         ticket = _Ticket(sent, received, order, (room, hidden), (tokens, channels), topk_idx, none, none)
         self._dirty = True
         self._keep(opaque[0], ticket)
@@ -259,19 +211,19 @@ class Buffer:
         self._begin(previous_event, async_finish, allocate_on_comm_stream)
         config = config or Buffer.get_combine_config(self.group_size)
         (rows, hidden), (tokens, channels) = ticket.x_shape, ticket.sizes
-        _tensor("x", x, _BF16, (rows, hidden))
-        _need(config.num_sms // 2 == channels, "the number of SMs changed between dispatch and combine")
+        is_tensor("x", x, BF16, (rows, hidden))
+        need(config.num_sms // 2 == channels, "the number of SMs changed between dispatch and combine")
         self._normal_room(config, hidden * 2)
         if topk_weights is not None:
-            _tensor("topk_weights", topk_weights, _F32, (rows, None))
-        _need(bias is None, "not implemented: a bias")
+            is_tensor("topk_weights", topk_weights, F32, (rows, None))
+        need(bias is None, "not implemented: a bias")
         self._agree("combine", hidden, topk_weights is not None, config.num_sms)
         self._tickets.pop(id(handle[0]))
         self._dirty, sums = True, []
         for part in (x,) if topk_weights is None else (x, topk_weights):
             back = self._exchange(part[: sum(ticket.received)], ticket.received, ticket.sent)
             sums.append(torch.zeros(tokens, part.shape[1]).index_add_(0, ticket.tokens, back.float()))
-        sums[0] = sums[0].to(_BF16)
+        sums[0] = sums[0].to(BF16)
         out, event, _ = self._later(sums, async_finish)
         return out[0], None if topk_weights is None else out[1], event
 
@@ -293,20 +245,20 @@ class Buffer:
         """
         most, experts, ranks = num_max_dispatch_tokens_per_rank, num_experts, self.group_size
         stats = cumulative_local_expert_recv_stats is not None or dispatch_wait_recv_cost_stats is not None
-        _need(not (use_ue8m0 or round_scale or stats), "not implemented: rounded or packed scales, and statistics")
-        _tensor("x", x, _BF16, (None, None))
+        need(not (use_ue8m0 or round_scale or stats), "not implemented: rounded or packed scales, and statistics")
+        is_tensor("x", x, BF16, (None, None))
         tokens, hidden = x.shape
         self._low_latency_room(most, hidden, experts, both=async_finish and return_recv_hook)
-        _need(tokens <= most, f"{tokens} tokens, at most {most}")
+        need(tokens <= most, f"{tokens} tokens, at most {most}")
         self._check_ids(topk_idx, tokens, experts, 11)
         local, room = experts // ranks, ranks * most
-        _need(self._qps >= local, f"num_qps_per_rank is {self._qps}, for {local} local experts")
+        need(self._qps >= local, f"num_qps_per_rank is {self._qps}, for {local} local experts")
         held = sum(len(ticket.sizes) == 3 for ticket in self._tickets.values())
-        _need(held < 2, "two results are held already: combine one first")
+        need(held < 2, "two results are held already: combine one first")
         flat = topk_idx.flatten()
         pairs = flat.argsort(stable=True)[int((flat < 0).sum()) :]  # by expert, then by token
         per_expert = torch.bincount(flat[pairs], minlength=experts).view(ranks, local)
-        _need(int(per_expert.max()) <= most, "tokens choose an expert twice, and overflow its slots")
+        need(int(per_expert.max()) <= most, "tokens choose an expert twice, and overflow its slots")
         self._agree("low_latency_dispatch", most, hidden, experts, use_fp8)
 
         counts = self._exchange(per_expert, [1] * ranks, [1] * ranks)  # [source, L]
@@ -314,18 +266,18 @@ class Buffer:
         starts = counts.flip(0).cumsum(0).flip(0) - counts + torch.arange(local) * room
         blocks = zip(starts.flatten().tolist(), counts.flatten().tolist(), strict=True)
         slots = torch.cat([torch.arange(start, start + count) for start, count in blocks])
-        got = [_garbage(local, room, hidden, dtype=_FP8 if use_fp8 else _BF16)]
+        got = [garbage(local, room, hidden, dtype=FP8 if use_fp8 else BF16)]
         if use_fp8:
-            got.append(_garbage(local, hidden // 128, room, dtype=_F32).transpose(1, 2))
+            got.append(garbage(local, hidden // 128, room, dtype=F32).transpose(1, 2))
         for target, part in zip(got, _to_fp8(x) if use_fp8 else (x,), strict=True):
-            raw = torch.uint8 if part.dtype == _FP8 else part.dtype  # not all indexing knows float8
+            raw = torch.uint8 if part.dtype == FP8 else part.dtype  # not all indexing knows float8
             target.view(raw)[slots // room, slots % room] = self._exchange(part, sent, received, order).view(raw)
-        got.append(counts.sum(0).to(_I32))
-        src_info, sizes, shape = _garbage(local, room, dtype=_I32), (most, hidden, experts), (local, room, hidden)
+        got.append(counts.sum(0).to(I32))
+        src_info, sizes, shape = garbage(local, room, dtype=I32), (most, hidden, experts), (local, room, hidden)
         self._keep(src_info, _Ticket(sent, received, order, shape, sizes, topk_idx.clone(), pairs, slots))
         self._calls += 1
         out, event, hook = self._later(got, async_finish, return_recv_hook)
-        handle = (src_info, _garbage(local, ranks, dtype=_I64), *sizes)
+        handle = (src_info, garbage(local, ranks, dtype=I64), *sizes)
         return (out[0], out[1]) if use_fp8 else out[0], out[-1], handle, event, hook
 
     def low_latency_combine(
@@ -338,41 +290,41 @@ class Buffer:
         zero_copy takes the rows from `get_next_low_latency_combine_buffer`, and only the shape from x.
         """
         ticket = self._take(handle, 5)
-        _need(not (use_logfmt or combine_wait_recv_cost_stats is not None), "not implemented: logfmt, and statistics")
+        need(not (use_logfmt or combine_wait_recv_cost_stats is not None), "not implemented: logfmt, and statistics")
         self._low_latency_room(*ticket.sizes, both=async_finish and return_recv_hook)
-        _need(handle[2:] == ticket.sizes, f"the handle says {handle[2:]}, the dispatch was {ticket.sizes}")
-        _tensor("x", x, _BF16, ticket.x_shape)
-        _tensor("topk_idx", topk_idx, topk_idx_t, tuple(ticket.topk_idx.shape))
+        need(handle[2:] == ticket.sizes, f"the handle says {handle[2:]}, the dispatch was {ticket.sizes}")
+        is_tensor("x", x, BF16, ticket.x_shape)
+        is_tensor("topk_idx", topk_idx, topk_idx_t, tuple(ticket.topk_idx.shape))
         same = (topk_idx == ticket.topk_idx) | (topk_idx == -1)
-        _need(bool(same.all()), "topk_idx names experts that the dispatch did not send to")
-        _tensor("topk_weights", topk_weights, _F32, tuple(topk_idx.shape))
+        need(bool(same.all()), "topk_idx names experts that the dispatch did not send to")
+        is_tensor("topk_weights", topk_weights, F32, tuple(topk_idx.shape))
         shape, source = (len(topk_idx), x.shape[2]), self._staged[2] if zero_copy else x
         if out is not None:
-            _tensor("out", out, _BF16, shape)
+            is_tensor("out", out, BF16, shape)
         staged = self._staged[:2] == (self._calls, id(handle[0]))
-        _need(staged or not zero_copy, "zero_copy without get_next_low_latency_combine_buffer(handle) right before")
+        need(staged or not zero_copy, "zero_copy without get_next_low_latency_combine_buffer(handle) right before")
         self._agree("low_latency_combine", *ticket.sizes)
         self._tickets.pop(id(handle[0]))
         self._calls += 1
         rows = self._exchange(source.flatten(0, 1)[ticket.slots], ticket.received, ticket.sent).float()
         kept = topk_idx.flatten()[ticket.pairs] >= 0
         rows = rows[kept] * topk_weights.flatten()[ticket.pairs][kept].unsqueeze(1)
-        total = torch.zeros(shape).index_add_(0, ticket.tokens[kept], rows).to(_BF16)
+        total = torch.zeros(shape).index_add_(0, ticket.tokens[kept], rows).to(BF16)
         done, event, hook = self._later([total], async_finish, return_recv_hook, out)
         return done[0], event, hook
 
     def get_next_low_latency_combine_buffer(self, handle: tuple[Any, ...]) -> Tensor:
         """bfloat16 [L, R * M, H] for zero_copy by the next call; not contiguous: a row has room for its scales."""
         local, room, hidden = self._take(handle, 5).x_shape
-        view = _garbage(local, room, hidden + hidden // 64, dtype=_BF16)[..., :hidden]
+        view = garbage(local, room, hidden + hidden // 64, dtype=BF16)[..., :hidden]
         self._staged = (self._calls, id(handle[0]), view)
         return view
 
     def _begin(self, previous: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool) -> None:
-        _need(not self._destroyed, "the buffer is destroyed")
+        need(not self._destroyed, "the buffer is destroyed")
         event = None if previous is None else previous.event
         allowed = event is not None and async_finish
-        _need(allowed or not allocate_on_comm_stream, "allocate_on_comm_stream needs previous_event and async_finish")
+        need(allowed or not allocate_on_comm_stream, "allocate_on_comm_stream needs previous_event and async_finish")
         if event is not None:
             event()
 
@@ -388,69 +340,26 @@ class Buffer:
         return ticket
 
     def _check_ids(self, topk_idx: Any, tokens: int | None, experts: int, most: int) -> None:
-        _need(experts > 0 and experts % self.group_size == 0, f"{experts} experts: not a multiple of the ranks")
-        _tensor("topk_idx", topk_idx, topk_idx_t, (tokens, None))
-        _need(0 < topk_idx.shape[1] <= most, f"1 to {most} experts a token, not {topk_idx.shape[1]}")
-        _need(bool(((topk_idx >= -1) & (topk_idx < experts)).all()), f"an id is outside [-1, {experts})")
+        need(experts > 0 and experts % self.group_size == 0, f"{experts} experts: not a multiple of the ranks")
+        is_tensor("topk_idx", topk_idx, topk_idx_t, (tokens, None))
+        need(0 < topk_idx.shape[1] <= most, f"1 to {most} experts a token, not {topk_idx.shape[1]}")
+        need(bool(((topk_idx >= -1) & (topk_idx < experts)).all()), f"an id is outside [-1, {experts})")
 
     def _normal_room(self, config: Config, row_bytes: int) -> None:
-        _need(self.group_size in _DISPATCH, f"normal kernels run on 2, 4 or 8 ranks, not {self.group_size}")
-        _need(config.num_sms > 0 and config.num_sms % 2 == 0, "the number of SMs is even")
+        need(self.group_size in _DISPATCH, f"normal kernels run on 2, 4 or 8 ranks, not {self.group_size}")
+        need(config.num_sms > 0 and config.num_sms % 2 == 0, "the number of SMs is even")
         hint = config.get_nvl_buffer_size_hint(row_bytes, self.group_size)
-        _need(self.num_nvl_bytes >= hint, f"num_nvl_bytes is {self.num_nvl_bytes}, below the hint {hint}")
+        need(self.num_nvl_bytes >= hint, f"num_nvl_bytes is {self.num_nvl_bytes}, below the hint {hint}")
 
     def _low_latency_room(self, most: int, hidden: int, experts: int, *, both: bool, clean: bool = True) -> None:
-        _need(self.low_latency_mode, "the buffer is not in low_latency_mode")
-        _need(hidden in _LL_HIDDEN, f"no low-latency kernel for rows of {hidden} values")
-        _need(0 < most <= 1024, f"1 to 1024 tokens of a rank, not {most}")
-        _need(self._queue_depth >= 2 * (most + 1), f"NVSHMEM_QP_DEPTH is {self._queue_depth}, below 2 * ({most} + 1)")
-        _need(self.group_size * most % 4 == 0, f"{self.group_size} * {most} slots: not a multiple of 4")
+        need(self.low_latency_mode, "the buffer is not in low_latency_mode")
+        need(hidden in _LL_HIDDEN, f"no low-latency kernel for rows of {hidden} values")
+        need(0 < most <= 1024, f"1 to 1024 tokens of a rank, not {most}")
+        need(self._queue_depth >= 2 * (most + 1), f"NVSHMEM_QP_DEPTH is {self._queue_depth}, below 2 * ({most} + 1)")
+        need(self.group_size * most % 4 == 0, f"{self.group_size} * {most} slots: not a multiple of 4")
         hint = Buffer.get_low_latency_rdma_size_hint(most, hidden, self.group_size, experts)
-        _need(self.num_rdma_bytes >= hint, f"num_rdma_bytes is {self.num_rdma_bytes}, below the hint {hint}")
-        _need(not both, "async_finish excludes return_recv_hook")
-        _need(not (clean and self._dirty), "clean_low_latency_buffer was not called after a normal call")
+        need(self.num_rdma_bytes >= hint, f"num_rdma_bytes is {self.num_rdma_bytes}, below the hint {hint}")
+        need(not both, "async_finish excludes return_recv_hook")
+        need(not (clean and self._dirty), "clean_low_latency_buffer was not called after a normal call")
         # Each call clears the flags of the one before, whose receive would then wait for ever.
-        _need(self._hooked is None, "a low-latency call before the hook of the last one")
-
-    def _later(
-        self, values: list[Tensor], async_finish: bool, hooked: bool = False, into: Tensor | None = None
-    ) -> tuple[list[Tensor], EventOverlap, Callable[[], None] | None]:
-        """Results, undefined until their event is waited for or their hook called."""
-        targets = [torch.full_like(one, float("nan") if one.is_floating_point() else -1) for one in values]
-        targets = targets if into is None else [into.copy_(targets[0])]
-
-        def fill() -> None:
-            for target, value in zip(targets, values, strict=True):
-                target.copy_(value)
-
-        def hook() -> None:
-            _need(self._hooked is fill, "the hook was called already")
-            self._hooked = None
-            fill()
-
-        def arrive() -> None:
-            while fill in self._deferred:
-                self._deferred.pop(0)()
-
-        if hooked:
-            self._hooked = fill
-            return targets, EventOverlap(), hook
-        self._deferred.append(fill)
-        if not async_finish:
-            arrive()
-        return targets, EventOverlap(arrive if async_finish else None), None
-
-    def _agree(self, call: str, *values: int) -> None:
-        """All ranks are in the same call with the same values."""
-        _need(not self._destroyed, "the buffer is destroyed")
-        calls: list[Any] = [None] * self.group_size
-        dist.all_gather_object(calls, (call, values), group=self.group)
-        _need(calls == calls[:1] * self.group_size, f"ranks differ: {calls}")
-
-    def _exchange(self, rows: Tensor, sent: list[int], received: list[int], order: Tensor | None = None) -> Tensor:
-        """rows: [S, W] of any dtype, or picked by order: int64 [S] -> the rows for this rank, by source rank."""
-        payload = rows.contiguous().view(torch.uint8)
-        payload = payload if order is None else payload[order]
-        got = payload.new_empty(sum(received), payload.shape[1])
-        dist.all_to_all_single(got, payload, received, sent, group=self.group)
-        return got.view(rows.dtype)
+        need(self._hooked is None, "a low-latency call before the hook of the last one")

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,9 +27,19 @@ _QUEUE_DEPTH = "NVSHMEM_QP_DEPTH"
 _FORGOTTEN = "a plan with a DeepEP buffer was dropped without close(): the buffer stays until the process ends"
 
 
+class BufferNeed(Protocol):
+    """What a buffer must hold; equal needs (`==`) of one group share one."""
+
+    def make(self, group: Any) -> Any:
+        """The buffer, on all ranks together. Raises BindError."""
+
+    def beside(self, other: Any, *, same_group: bool) -> None:
+        """Raises BindError where a process cannot have a buffer for this one and one for `other`, which is open."""
+
+
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a buffer must hold; equal needs share one.
+    """What a buffer of V1 must hold.
 
     nvl_bytes: for the normal kernels within a node. rdma_bytes: NVSHMEM's heap, for the low-latency kernels and for
     normal ones across nodes. low_latency: (M, H, E) of the low-latency calls, to which the heap is laid out, or None.
@@ -39,6 +49,22 @@ class Need:
     rdma_bytes: int = 0
     low_latency: tuple[int, int, int] | None = None
     queue_pairs: int = 1
+
+    def make(self, group: Any) -> Any:
+        """A `deep_ep.Buffer`."""
+        return _make(group, self)
+
+    def beside(self, other: Any, *, same_group: bool) -> None:
+        """A process has one heap of NVSHMEM's."""
+        if not (isinstance(other, Need) and other.rdma_bytes and self.rdma_bytes):
+            return
+        theirs, mine = (_said(one) for one in (other, self))
+        raise BindError(
+            f"a plan holds DeepEP's NVSHMEM buffer for {theirs}; this one needs it for {mine} "
+            f"on {'the same' if same_group else 'another'} group, and a process has one",
+            hint="give all layers the same dispatcher, group and max_tokens (or decode_max_tokens), or close the "
+            "other plan",
+        )
 
 
 class Receive:
@@ -66,15 +92,18 @@ class Receive:
 
 @dataclass(slots=True)
 class Shared:
-    """A buffer and its users. flying: low-latency results that were not combined yet, of all layers.
+    """A buffer and its users.
 
-    receive: that of the last low-latency call. A further call clears the flags that it waits for, so it comes first.
+    warm: shapes of calls whose kernels were compiled (V2). flying: low-latency results that were not combined yet, of
+    all layers. receive: that of the last low-latency call. A further call clears the flags that it waits for, so it
+    comes first.
     """
 
     buffer: Any
     group: Any
-    need: Need
+    need: Any
     users: int = 0
+    warm: set[Any] = field(default_factory=set)
     flying: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     receive: Receive | None = None
 
@@ -91,7 +120,7 @@ _OPEN: list[Shared] = []
 class Lease:
     """One plan's share of a buffer, until `close`. Garbage collection ends none: ranks collect at different times."""
 
-    def __init__(self, group: Any, need: Need) -> None:
+    def __init__(self, group: Any, need: BufferNeed) -> None:
         self._shared: Shared | None = _take(group, need)
         self._forgotten = weakref.finalize(self, warnings.warn, _FORGOTTEN, ResourceWarning)
         self._forgotten.atexit = False
@@ -111,20 +140,13 @@ class Lease:
             _give_back(shared)
 
 
-def _take(group: Any, need: Need) -> Shared:
+def _take(group: Any, need: BufferNeed) -> Shared:
     for shared in _OPEN:
         if shared.group is group and shared.need == need:
             shared.users += 1
             return shared
-        if shared.need.rdma_bytes and need.rdma_bytes:
-            theirs, mine = (_said(one) for one in (shared.need, need))
-            raise BindError(
-                f"a plan holds DeepEP's NVSHMEM buffer for {theirs}; this one needs it for {mine} "
-                f"on {'the same' if shared.group is group else 'another'} group, and a process has one",
-                hint="give all layers the same dispatcher, group and max_tokens (or decode_max_tokens), or close the "
-                "other plan",
-            )
-    shared = Shared(_make(group, need), group, need, users=1)
+        need.beside(shared.need, same_group=shared.group is group)
+    shared = Shared(need.make(group), group, need, users=1)
     _OPEN.append(shared)
     return shared
 
@@ -195,10 +217,11 @@ def deep_ep() -> ModuleType:
     """The installed DeepEP. Raises BindError where it does not load."""
     try:
         import deep_ep as module
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, AssertionError, TypeError) as error:
+        # V2 asserts that it finds CUDA's compiler and the NCCL that it was linked to.
         raise BindError(
             f"deep_ep is installed but does not load: {error}",
-            hint="build it against the torch that is installed here",
+            hint="build it against the torch and the NCCL that are installed here; V2 wants CUDA_HOME too",
         ) from error
     return module  # type: ignore[no-any-return]
 
@@ -207,6 +230,20 @@ def wire_dtype() -> torch.dtype:
     """Of ids, as the installed DeepEP was built: int64 unless it was told otherwise."""
     found: torch.dtype = getattr(deep_ep(), "topk_idx_t", torch.int64)
     return found
+
+
+def chosen_sms(binding: Binding) -> int | None:
+    """The option `num_sms`; None: DeepEP chooses. Raises BindError."""
+    sms = binding.options.get("num_sms")
+    if sms is None:
+        return None
+    if not (isinstance(sms, int) and sms > 0 and sms % 2 == 0):
+        raise BindError(f"the option num_sms is an even number of SMs, got {sms!r}")
+    if binding.device.type == "cuda":
+        there = torch.cuda.get_device_properties(binding.device).multi_processor_count
+        if sms > there:  # its blocks wait for each other, so all of them must run at a time
+            raise BindError(f"the option num_sms is {sms}, and the device has {there} SMs")
+    return sms
 
 
 def ranks_of(binding: Binding) -> Any:

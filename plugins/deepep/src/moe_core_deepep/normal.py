@@ -21,7 +21,7 @@ from moe_core.formats import StandardCombineInput, StandardDispatchOutput
 from moe_core.protocols import Binding, RunningState
 from moe_core.topk import TopKOutput
 from moe_core.vocabulary import DroppedSlot, Step
-from moe_core_deepep.buffers import NODE, Lease, Need, deep_ep, ranks_of, wire_dtype
+from moe_core_deepep.buffers import NODE, Lease, Need, chosen_sms, deep_ep, ranks_of, wire_dtype
 from moe_core_deepep.wire import Wire, given
 
 
@@ -54,13 +54,7 @@ class Configs:
 def configs(binding: Binding) -> Configs:
     """With the option `num_sms`, else DeepEP's own choice."""
     buffer, ranks = deep_ep().Buffer, binding.parallel.ep_size
-    sms, before = binding.options.get("num_sms"), buffer.num_sms
-    if sms is not None and not (isinstance(sms, int) and sms > 0 and sms % 2 == 0):
-        raise BindError(f"the option num_sms is an even number of SMs, got {sms!r}")
-    if sms is not None and binding.device.type == "cuda":
-        there = torch.cuda.get_device_properties(binding.device).multi_processor_count
-        if sms > there:  # its blocks wait for each other, so all of them must run at a time
-            raise BindError(f"the option num_sms is {sms}, and the device has {there} SMs")
+    sms, before = chosen_sms(binding), buffer.num_sms
     try:
         buffer.set_num_sms(before if sms is None else sms)
         dispatch, combine = buffer.get_dispatch_config(ranks), buffer.get_combine_config(ranks)

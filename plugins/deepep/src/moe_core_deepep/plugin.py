@@ -14,7 +14,7 @@ from moe_core.specs import DispatcherSpec, Offers, PluginInfo
 from moe_core.vocabulary import BATCHED, GROUPED, STANDARD, DroppedSlot, IdSpace, Maturity, Phase, Step
 
 _ARCHS = ("sm_90..sm_103",)
-# Evidence: tests/test_layers.py, and on two H200s tests/distributed/test_gpu_ranks.py (docs/maturity.md).
+# Evidence: tests/test_layers.py, tests/test_elastic_layers.py, and on two H200s tests/distributed/test_gpu_ranks.py (docs/maturity.md).
 _SEEN = {"sm_90": Maturity.CONTRACT, "sm_100": Maturity.CONTRACT}
 _RAN = {"sm_90": Maturity.EXECUTED, "sm_100": Maturity.CONTRACT}
 _HINT = "build it from source against the installed torch: github.com/deepseek-ai/DeepEP (not PyPI's 'deep-ep')"
@@ -167,13 +167,19 @@ LOW_LATENCY = DispatcherSpec(
     ),
 )
 
+_ELASTIC_OPTIONS = {
+    "num_sms": f"{_NUM_SMS}; DeepEP's own choice needs `nvidia-smi nvlink -s`",
+    "decode_max_tokens": "the most tokens of a rank in one decode call, which has room for ep_size times as many",
+    "distinct_experts": "true: no token names an expert twice (no router does), so that it need not be looked for",
+}
 _ELASTIC_SUPPORT = Support(
     devices={"cuda": _ARCHS},
     dtypes=_DTYPES,
     # Prefill waits for the real counts: a worst case there would be gigabytes.
     graph_capture=frozenset({Phase.DECODE}),
     host_sync=frozenset({Phase.PREFILL}),
-    hidden_multiple=128,
+    # Combine's vectors: 32 lanes of 16 bytes.
+    hidden_multiple=256,
     max_top_k=32,
     max_experts=2048,
     needs_max_tokens=True,
@@ -186,25 +192,29 @@ _ELASTIC_SUPPORT = Support(
 
 ELASTIC = DispatcherSpec(
     name="deepep_v2",
-    summary="DeepEP's ElasticBuffer, token-major",
+    summary="DeepEP's ElasticBuffer, token-major; the host waits for the number of received rows in prefill",
     factory="moe_core_deepep.elastic:ElasticDispatcher",
     formats={Phase.PREFILL: STANDARD, Phase.DECODE: STANDARD},
     offers={STANDARD: _ELASTIC_OFFER},
     priority=130,
+    split_phases=True,
+    maturity=_SEEN,
     why_not="moe_core_deepep.rules:elastic",
-    options={"num_sms": _NUM_SMS},
+    options=_ELASTIC_OPTIONS,
     support=_ELASTIC_SUPPORT,
 )
 
 EXPANDED = DispatcherSpec(
     name="deepep_v2_grouped",
-    summary="DeepEP's ElasticBuffer, rows sorted by expert",
+    summary="DeepEP's ElasticBuffer, rows sorted by expert; the host waits as for deepep_v2",
     factory="moe_core_deepep.elastic:ExpandedDispatcher",
     formats={Phase.PREFILL: GROUPED, Phase.DECODE: GROUPED},
     offers={GROUPED: _EXPANDED_OFFER},
     priority=125,
-    why_not="moe_core_deepep.rules:elastic",
-    options={"num_sms": _NUM_SMS},
+    split_phases=True,
+    maturity=_SEEN,
+    why_not="moe_core_deepep.rules:expanded",
+    options={**_ELASTIC_OPTIONS, "alignment": "rows of each expert are padded to a multiple of this; 1 unless set"},
     support=_ELASTIC_SUPPORT,
 )
 

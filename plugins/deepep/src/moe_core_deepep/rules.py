@@ -50,11 +50,13 @@ def auto(request: PlanRequest, subject: str) -> list[Reason]:
 
 
 def elastic(request: PlanRequest, subject: str) -> list[Reason]:
-    """Rules of `deepep_v2` and `deepep_v2_grouped`."""
-    local, needed = request.num_local_experts, str(_ELASTIC_LOCAL_EXPERTS)
-    if local <= _ELASTIC_LOCAL_EXPERTS:
-        return []
-    return [Reason(subject, "shape.num_experts", f"holds {needed} experts a rank at most", needed, str(local))]
+    """Rules of `deepep_v2`."""
+    return list(_elastic("deepep_v2", request, subject))
+
+
+def expanded(request: PlanRequest, subject: str) -> list[Reason]:
+    """Rules of `deepep_v2_grouped`."""
+    return list(_elastic("deepep_v2_grouped", request, subject))
 
 
 def _normal_ranks(request: PlanRequest, subject: str) -> Iterator[Reason]:
@@ -84,4 +86,30 @@ def _low_latency(request: PlanRequest, subject: str) -> Iterator[Reason]:
             "the low-latency combine applies the router weights to the result",
             "router_weight_on_input",
             hint="use deepep_normal",
+        )
+
+
+def _elastic(name: str, request: PlanRequest, subject: str) -> Iterator[Reason]:
+    local, needed = request.num_local_experts, str(_ELASTIC_LOCAL_EXPERTS)
+    if local > _ELASTIC_LOCAL_EXPERTS:
+        yield Reason(subject, "shape.num_experts", f"holds {needed} experts a rank at most", needed, str(local))
+    options, config = request.settings.options.get(name, {}), request.config
+    if config.router_weight_on_input and config.top_k > 1 and not options.get("distinct_experts", False):
+        yield Reason(
+            subject,
+            "feature",
+            "a token that names an expert twice goes there once, with the sum of its weights, which is another result "
+            "where the experts' input is weighted",
+            "router_weight_on_input",
+            hint=f"where no token does, set options={{'{name}': {{'distinct_experts': True}}}}",
+        )
+    tokens, most = options.get("decode_max_tokens"), request.max_tokens
+    if tokens is not None and not (isinstance(tokens, int) and tokens >= 1 and (most is None or tokens <= most)):
+        yield Reason(
+            subject,
+            "shape.max_tokens",
+            f"decode_max_tokens is between 1 and max_tokens, this is {tokens!r}",
+            "1 or more" if most is None else f"1 to {most}",
+            str(tokens),
+            "max_tokens holds for the calls of every phase",
         )

@@ -31,6 +31,25 @@ class Wire:
         return ids.contiguous(), weights.contiguous()
 
 
+class Distinct:
+    """Ids in which a row names an expert twice -> the first slot has the sum of the weights, the others are dropped.
+
+    V2's kernels trap on such rows.
+    """
+
+    def __init__(self, binding: Binding) -> None:
+        square = torch.ones(binding.config.top_k, binding.config.top_k, dtype=torch.bool, device=binding.device)
+        self._later, self._own_and_later = square.triu(1), square.triu()
+
+    def __call__(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """ids [T, K], -1 for a dropped slot, and weights [T, K]; both stay bit for bit where nothing is named twice."""
+        same = ids[:, :, None] == ids[:, None, :]
+        again = (same & self._later).any(dim=1)
+        # A weight of a slot that is not summed may be NaN.
+        weights = torch.where(same & self._own_and_later, weights[:, None, :], 0.0).sum(dim=2)
+        return torch.where(again, -1, ids), weights
+
+
 def given(result: Tensor, scale: float, output: Tensor | None) -> Tensor:
     """The layer's result: times `scale`, in `output` where the caller gave one."""
     if scale != 1.0:
