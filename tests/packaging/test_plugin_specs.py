@@ -418,6 +418,29 @@ def test_deepep() -> None:
     assert ask("deepep_normal", no_host_sync=frozenset({Phase.PREFILL})) == {"feature.host_sync"}
 
 
+@pytest.mark.parametrize("name", ["deepep_v2", "deepep_v2_grouped"])
+def test_deepep_v2(name: str) -> None:
+    def ask(ranks: int = 8, options: dict[str, Any] | None = None, **request: Any) -> set[str]:
+        settings = Settings(options={name: options or {}})
+        parallel = ParallelConfig(ep_size=ranks, tokens="sharded")
+        return codes("deepep", name, "h200", parallel=parallel, settings=settings, **request)
+
+    assert ask(max_tokens=100000) == ask(12, config=replace(LAYER, num_experts=96)) == set()
+    assert ask(config=replace(LAYER, hidden_size=2880)) == {"shape.hidden"}  # no multiple of 256
+    assert ask(config=replace(LAYER, top_k=33)) == {"shape.top_k"}
+    assert ask(2, config=replace(LAYER, num_experts=514)) == {"shape.num_experts"}
+    assert ask(config=replace(LAYER, num_experts=4096)) >= {"shape.num_experts"}
+    weighted = replace(LAYER, router_weight_on_input=True)
+    assert ask(config=weighted) == {"feature"}
+    assert ask(options={"distinct_experts": True}, config=weighted) == set()
+    assert ask(config=replace(weighted, top_k=1)) == set()
+    assert ask(options={"decode_max_tokens": 64}) == set()
+    assert ask(options={"decode_max_tokens": 10**9}) == ask(options={"decode_max_tokens": 0}) == {"shape.max_tokens"}
+    assert ask(no_host_sync=frozenset({Phase.PREFILL})) == {"feature.host_sync"}
+    assert ask(no_host_sync=frozenset({Phase.DECODE})) == set()
+    assert "target.missing" not in ask()
+
+
 def test_mori() -> None:
     def ask(name: str, ranks: int = 8, **changes: Any) -> set[str]:
         parallel = ParallelConfig(ep_size=ranks, tokens="sharded")
