@@ -176,8 +176,6 @@ def test_what_is_only_announced_is_not_chosen(hardware: str) -> None:
     codes = {v.spec.name: {r.code for r in v.reasons} for v in found.verdicts}
     unwritten = {name for name, verdict in codes.items() if "target.missing" in verdict}
     assert unwritten == {"cutedsl_hopper"}
-    here = {"triton", "triton_interpreter", "standard", "reference", "cpu", "deepep", "deepep_ll", "mori", "mori_v2"}
-    assert unwritten.isdisjoint(here | {"aiter", "symm_mem", "flashinfer_trtllm", "flashinfer_cutlass", "cutedsl", "deepep_v2"})
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ def ask(hardware: str = "mi300x", ranks: int = 8, tokens: str = "sharded", **cha
     layer = {name: changes.pop(name) for name in list(changes) if name in MoeConfig.__dataclass_fields__}
     more: dict[str, Any] = {"max_tokens": 4096, "settings": Settings(), "assume": ("dependencies",), **changes}
     parallel = ParallelConfig(ep_size=ranks, tokens=tokens)
-    return moe_core.resolve(LAYER.replace(**layer), parallel, hardware, registry=Registry([MoriPlugin()]), **more)
+    return moe_core.resolve(
+        LAYER.replace(**layer), parallel, hardware, registry=Registry([MoriPlugin()], autoload=False), **more
+    )
 
 
 def codes(name: str, *args: Any, **changes: Any) -> set[str]:

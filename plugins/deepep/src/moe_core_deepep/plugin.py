@@ -14,7 +14,7 @@ from moe_core.specs import DispatcherSpec, Offers, PluginInfo
 from moe_core.vocabulary import BATCHED, GROUPED, STANDARD, DroppedSlot, IdSpace, Maturity, Phase, Step
 
 _ARCHS = ("sm_90..sm_103",)
-# Evidence: tests/test_layers.py, tests/test_elastic_layers.py, and on two H200s tests/distributed/test_gpu_ranks.py (docs/maturity.md).
+# Evidence: tests/test_layers.py, tests/test_elastic_layers.py, and on two H200s tests/distributed/test_gpu_ranks.py.
 _SEEN = {"sm_90": Maturity.CONTRACT, "sm_100": Maturity.CONTRACT}
 _RAN = {"sm_90": Maturity.EXECUTED, "sm_100": Maturity.CONTRACT}
 _HINT = "build it from source against the installed torch: github.com/deepseek-ai/DeepEP (not PyPI's 'deep-ep')"
