@@ -7,7 +7,7 @@ than its specification. Collection hooks are called plugin by plugin, so one tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import pluggy
@@ -93,6 +93,11 @@ def moe_core_doctor() -> Iterable[DoctorCheck]:  # type: ignore[empty-body]
 @hookspec
 def moe_core_conformance() -> ConformanceProfile:  # type: ignore[empty-body]
     """What the conformance kit should know: expected failures with reasons, tighter tolerances."""
+
+
+@hookspec
+def moe_core_doubles() -> Mapping[str, str]:  # type: ignore[empty-body]
+    """Strict doubles of vendors' libraries, for tests without them: name -> target; see `moe_core.testing.double`."""
 
 
 #: Hooks that return an iterable of specs; the registry collects them.

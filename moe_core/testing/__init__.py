@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moe_core.testing.catalog import Check, list_checks
+    from moe_core.testing.doubles import double
     from moe_core.testing.fakes import dispatcher_like, fake_hardware, fake_plugin, runner_like
     from moe_core.testing.layers import Layer, make_layer, make_routing
     from moe_core.testing.parametrization import parametrize_with_checks
@@ -38,6 +39,7 @@ __all__ = [
     "assert_close",
     "check",
     "dispatcher_like",
+    "double",
     "fake_hardware",
     "fake_plugin",
     "iter_checks",
@@ -62,6 +64,7 @@ _LAZY = {
     "assert_close": "tolerances",
     "check": "registration",
     "dispatcher_like": "fakes",
+    "double": "doubles",
     "fake_hardware": "fakes",
     "fake_plugin": "fakes",
     "iter_checks": "running",
