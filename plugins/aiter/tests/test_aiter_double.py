@@ -8,10 +8,15 @@ from typing import Any
 import pytest
 import torch
 from moe_core_aiter import contract, layouts
+from moe_core_aiter.plugin import AiterPlugin
 from moe_core_aiter.testing import AiterDouble, DoubleError, double, unshuffle
 
+import moe_core
+from moe_core import MoeConfig
+from moe_core.registry import Registry
 from moe_core.testing import make_layer
 
+LAYER = MoeConfig(num_experts=4, top_k=2, hidden_size=128, intermediate_size=128)
 Mutate = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -139,6 +144,16 @@ def test_the_modules_go_when_the_block_ends() -> None:
         assert made.modules["aiter"].QuantType.No.value != 0  # only names may be relied upon
     assert sys.modules.get("aiter") is before
     assert isinstance(made, AiterDouble)
+
+
+def test_it_is_offered_in_the_cores_kit() -> None:
+    registry = Registry([AiterPlugin()], autoload=False)
+    with moe_core.testing.double("aiter", registry=registry, arch="gfx942", version="0.1.14") as made:
+        assert (made.arch, made.facts.version) == ("gfx942", "0.1.14")
+        layer = make_layer(LAYER, 3, tokens=4)
+        plan = moe_core.plan(LAYER, layer.weights, registry=Registry([made.plugin], autoload=False), runner="aiter")
+        plan(layer.hidden, layer.topk)
+        assert len(made.calls) == 1
 
 
 def distinct(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:

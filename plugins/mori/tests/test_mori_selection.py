@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import Any
 
 import pytest
 from moe_core_mori import launch, testing
 from moe_core_mori.plugin import MoriPlugin
+from moe_core_mori.testing import world
 
 import moe_core
 from moe_core.config import MoeConfig, ParallelConfig
@@ -167,3 +170,17 @@ def test_the_doctor_says_that_there_is_nothing_to_check() -> None:
         result = check.run()
         assert result.ok
         assert "nothing to check" in result.detail
+
+
+def test_the_double_is_offered_in_the_cores_kit_and_goes_when_the_block_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = types.ModuleType("mori")
+    monkeypatch.setitem(sys.modules, "mori", before)
+    device = world.device()
+    with moe_core.testing.double("mori", registry=Registry([MoriPlugin()]), arch="gfx942", version="1.1.1") as made:
+        assert sys.modules["mori"].__version__ == "1.1.1"
+        assert "mori.cco" not in sys.modules
+        assert world.device().arch == "gfx942"
+        assert {spec.support.devices["cpu"] for spec in made.plugin.moe_core_dispatchers()} == {("*",)}
+    assert [name for name in sys.modules if name.partition(".")[0] == "mori"] == ["mori"]
+    assert sys.modules["mori"] is before
+    assert world.device() is device

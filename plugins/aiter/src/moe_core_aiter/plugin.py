@@ -120,6 +120,11 @@ class AiterPlugin:
         )
 
     @hookimpl
+    def moe_core_doubles(self) -> dict[str, str]:
+        """A strict double of AITER: `moe_core.testing.double("aiter", arch="gfx942")`."""
+        return {"aiter": "moe_core_aiter.testing:double"}
+
+    @hookimpl
     def moe_core_doctor(self) -> tuple[DoctorCheck, ...]:
         """Whether the installed build is one whose interface was recorded."""
 

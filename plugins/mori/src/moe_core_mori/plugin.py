@@ -157,6 +157,11 @@ class MoriPlugin:
         return note(request, candidate)
 
     @hookimpl
+    def moe_core_doubles(self) -> dict[str, str]:
+        """A strict double of MoRI: `moe_core.testing.double("mori", arch="gfx942")`."""
+        return {"mori": "moe_core_mori.testing:double"}
+
+    @hookimpl
     def moe_core_doctor(self) -> tuple[DoctorCheck, ...]:
         """Whether the installed MoRI has the interface that the dispatchers call."""
         from moe_core_mori.diagnosis import checks

@@ -6,8 +6,8 @@
         registry = Registry([OnCpu()])            # the same runner, declared for this CPU
         plan = moe_core.plan(config, weights, registry=registry, runner="aiter", ...)
 
-It is part of the plugin and not of `moe_core.testing`: it takes AITER's interface from the facts recorded beside it,
-and the core knows no backend by name. Importing this module imports no torch.
+`moe_core.testing.double("aiter", ...)` gives the same. The code lies in the plugin: it takes AITER's interface from
+the facts recorded beside it, and the core knows no backend by name. Importing this module imports no torch.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import torch
 
 from moe_core_aiter import contract
 from moe_core_aiter.testing import kernel
+from moe_core_aiter.testing.on_cpu import OnCpu
 
 _FP8 = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}
 
@@ -25,7 +26,7 @@ class AiterDouble:
 
     arch: "gfx942", whose fp8 is e4m3fnuz, or "gfx950". version: one of `moe_core_aiter.contract.recorded()`, by default
     the newest. more: arguments of `fused_moe` that no record has ("output"). flydsl: whether FlyDSL is "installed".
-    calls: the arguments of the last hundred calls.
+    calls: the arguments of the last hundred calls. plugin: the same runner, declared for a CPU.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class AiterDouble:
         records = contract.recorded()
         self.arch, self.facts = arch, records[version or [*records][-1]]
         self.calls: deque[dict[str, Any]] = deque(maxlen=100)
+        self.plugin = OnCpu()
         # Other numbers than AITER's: only names may be relied upon.
         enums = {
             name: Enum(name, [(member, 100 + i) for i, member in enumerate(members)])

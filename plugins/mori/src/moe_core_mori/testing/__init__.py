@@ -14,8 +14,11 @@ imports no torch; `install` does.
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 from moe_core import hookimpl
 from moe_core.specs import DispatcherSpec
@@ -24,7 +27,7 @@ from moe_core_mori import facts
 from moe_core_mori.plugin import MoriPlugin
 from moe_core_mori.testing.errors import DoubleError
 
-__all__ = ["DoubleError", "Narrowed", "OnCpu", "install", "open_operators"]
+__all__ = ["DoubleError", "MoriDouble", "Narrowed", "OnCpu", "double", "install", "open_operators"]
 
 
 def install(*, arch: str = "gfx950", version: str = facts.NEWEST, compute_units: int = 256, heap_gib: int = 16) -> None:
@@ -54,12 +57,19 @@ def install(*, arch: str = "gfx950", version: str = facts.NEWEST, compute_units:
         )
         vars(cco).update(Communicator=second.Communicator)
         modules |= {"mori.ops.dispatch_combine_v2": v2, "mori.cco": cco}
-    for name in [name for name in sys.modules if name.partition(".")[0] == "mori"]:
-        del sys.modules[name]
-    for name, module in modules.items():
-        module.__path__ = []
-        sys.modules[name] = module
     modules["mori"].__version__ = version  # type: ignore[attr-defined]
+    for module in modules.values():
+        module.__path__ = []
+    _replace(modules)
+
+
+def _replace(modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
+    """Put these into `sys.modules` for everything called `mori`; what was there."""
+    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "mori"}
+    for name in before:
+        del sys.modules[name]
+    sys.modules.update(modules)
+    return before
 
 
 def open_operators() -> int:
@@ -67,6 +77,27 @@ def open_operators() -> int:
     from moe_core_mori.testing.world import device
 
     return device().open_operators
+
+
+@dataclass(frozen=True, slots=True)
+class MoriDouble:
+    """What `double` yields. plugin: the dispatchers, declared for CPUs."""
+
+    plugin: OnCpu
+
+
+@contextmanager
+def double(**options: Any) -> Iterator[MoriDouble]:
+    """`install` inside a `with` block, with its arguments; `moe_core.testing.double("mori", ...)` gives the same."""
+    from moe_core_mori.testing import world
+
+    device, before = world.HERE, _replace({})
+    try:
+        install(**options)
+        yield MoriDouble(OnCpu())
+    finally:
+        _replace(before)
+        world.HERE = device
 
 
 class Narrowed(MoriPlugin):
