@@ -44,7 +44,7 @@ def test_every_scheme(arch: str, scheme: str, pattern: str, bench: Any) -> None:
     assert call["expert_mask"].tolist() == [1] * 8 + [0]
 
 
-@pytest.mark.parametrize("version", ["0.1.14", "0.1.17", "e4048607"])
+@pytest.mark.parametrize("version", ["0.1.14", "0.1.16", "0.1.17", "e4048607"])
 @pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("parallel", [None, ParallelConfig(ep_size=2, ep_rank=1, reduce="caller")])
 def test_newer_builds_get_their_masked_slot(top_k: int, version: str, parallel: Any, bench: Any, never: Any) -> None:

@@ -172,6 +172,7 @@ LACKING = [
     ("int4_w4a16", {"version": "0.1.7.post2.dev18"}, "it quantizes the tokens of int4_w4a16"),
     ("int4_w4a16", {"flydsl": False}, "its kernels for int4_w4a16 need FlyDSL"),
     ("mxfp8", {"version": "0.1.14"}, "its kernels for mxfp8 weights came with v0.1.17"),
+    ("mxfp8", {"version": "0.1.16"}, "its kernels for mxfp8 weights came with v0.1.17"),
     ("mxfp8", {"flydsl": False}, "its kernels for mxfp8 need FlyDSL"),
 ]
 

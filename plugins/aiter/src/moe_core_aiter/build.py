@@ -28,15 +28,16 @@ _LITERALS = (type(None), bool, int, float)
 class Build:
     """What an installed AITER has.
 
-    parameters: of `fused_moe`, in order, with their defaults as text where they are literals. flydsl: whether its
-    FlyDSL kernels are there. counts_masked_slot: whether it takes every masked call to have one slot more a row, which
-    is masked always; builds that do so have kernels for mxfp8 weights, too.
+    parameters: of `fused_moe`, in order, with their defaults as text where they are literals. stages: of
+    `get_2stage_cfgs`, none where there is no such function. flydsl: whether its FlyDSL kernels are there. mxfp8:
+    whether it has some for mxfp8 weights.
 
     fp8, fp4x2, i4x2, e8m0: the torch dtypes by which it knows such tensors; fp8 is the hardware's own kind.
     """
 
     fused_moe: Callable[..., torch.Tensor]
     parameters: Mapping[str, str]
+    stages: tuple[str, ...]
     activations: Any
     quant_types: Any
     fp8: torch.dtype
@@ -44,11 +45,19 @@ class Build:
     i4x2: torch.dtype
     e8m0: torch.dtype
     flydsl: bool
-    counts_masked_slot: bool
+    mxfp8: bool
 
     def has(self, *names: str) -> bool:
         """Whether `fused_moe` has all of these arguments."""
         return all(name in self.parameters for name in names)
+
+    @property
+    def counts_masked_slot(self) -> bool:
+        """Whether it takes every masked call to have one slot more a row, which is masked always.
+
+        v0.1.16 began with that: its choice of kernels is told whether there is a mask, and subtracts a slot then.
+        """
+        return "is_ep" in self.stages
 
     @property
     def takes_fp4_tokens(self) -> bool:
@@ -71,10 +80,12 @@ def load() -> Build:
         raise BindError(f"the installed aiter has no {', '.join(lacking)}: it is not AMD's, or not whole", hint=_HINT)
     dtypes = package.dtypes
     flydsl = getattr(module, "is_flydsl_available", None)
+    stages = getattr(module, "get_2stage_cfgs", None)
     defaults = {name: p.default for name, p in inspect.signature(module.fused_moe).parameters.items()}
     return Build(
         fused_moe=module.fused_moe,
         parameters={name: repr(value) if isinstance(value, _LITERALS) else "" for name, value in defaults.items()},
+        stages=tuple(inspect.signature(stages).parameters) if callable(stages) else (),
         activations=package.ActivationType,
         quant_types=package.QuantType,
         fp8=dtypes.fp8,
@@ -82,8 +93,8 @@ def load() -> Build:
         i4x2=getattr(dtypes, "i4x2", torch.uint8),
         e8m0=getattr(dtypes, "fp8_e8m0", torch.uint8),
         flydsl=bool(flydsl()) if callable(flydsl) else False,
-        # No argument says so. v0.1.16 began to count, and v0.1.17 changed this default.
-        counts_masked_slot=defaults.get("swiglu_limit", 0.0) is None,
+        # No argument says so. They came with v0.1.17, which changed this default.
+        mxfp8=defaults.get("swiglu_limit", 0.0) is None,
     )
 
 
@@ -100,7 +111,7 @@ def problems(build: Build, binding: Binding) -> list[str]:
     if config.scheme in ("mxfp4_w4a16", "int4_w4a16") and not build.has("gate_mode"):
         # The release that brought it also brought the kernels that leave the tokens in 16 bits.
         found.append(f"fused_moe has no argument 'gate_mode': it quantizes the tokens of {config.scheme}")
-    if config.scheme == "mxfp8" and not build.counts_masked_slot:
+    if config.scheme == "mxfp8" and not build.mxfp8:
         found.append("its kernels for mxfp8 weights came with v0.1.17, where the default of swiglu_limit became None")
     if config.scheme in ("int4_w4a16", "mxfp8") and not build.flydsl:
         found.append(f"its kernels for {config.scheme} need FlyDSL (in the version that AITER asks for)")
@@ -114,7 +125,7 @@ def load_for(binding: Binding) -> Build:
     build = load()
     lacking = problems(build, binding)
     if lacking:
-        about = contract.like(build.parameters)
+        about = contract.like(build.parameters, build.stages)
         raise BindError(
             f"the installed AITER cannot run {binding.config.scheme} with {binding.config.activation.name} "
             f"({'arguments as in ' + about if about else 'arguments of no recorded version'}):\n    "
@@ -127,7 +138,7 @@ def load_for(binding: Binding) -> Build:
 def examine() -> DoctorResult:
     """The installed build beside the recorded ones, for `moe-core doctor`."""
     build = load()
-    about, news = contract.like(build.parameters), contract.differences(build.parameters)
+    about, news = contract.like(build.parameters, build.stages), contract.differences(build.parameters)
     if about is not None:
         return DoctorResult(True, f"the arguments of fused_moe are those of the recorded version {about}")
     broken = [one for one in news if one.endswith("missing")]

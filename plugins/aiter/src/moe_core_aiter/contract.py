@@ -1,7 +1,8 @@
 """What AITER's interface is known to be: recorded by parsing its releases, never by importing them. Imports no torch.
 
 `facts.json` holds one record a version: the arguments of `aiter.fused_moe.fused_moe` in order with their defaults as
-source text, and the members of two enums. Enums count by *name*: their integers moved twice. To record another one:
+source text, the names of those of `get_2stage_cfgs`, which chooses kernels, and the members of two enums. Enums count
+by *name*: their integers moved twice. To record another one:
 
     python -m moe_core_aiter.contract AITER --version V --commit C     # AITER: a checkout or an unpacked wheel
 """
@@ -13,7 +14,7 @@ import ast
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
@@ -53,6 +54,8 @@ QUANT_TYPES: Final = ("No", "per_Tensor", "per_Token", "per_1x32", "per_128x128"
 class Facts:
     """One recorded version. fused_moe: argument -> its default as source text, None without one.
 
+    get_2stage_cfgs: its arguments, none where this version has no such function.
+
     source: where it was read, and sha256: of the file `aiter/fused_moe.py` there.
     """
 
@@ -61,6 +64,7 @@ class Facts:
     source: str
     sha256: str
     fused_moe: Mapping[str, str | None]
+    get_2stage_cfgs: tuple[str, ...]
     activation_type: tuple[str, ...]
     quant_type: tuple[str, ...]
 
@@ -73,8 +77,8 @@ def recorded() -> Mapping[str, Facts]:
 
 
 def _facts(row: Mapping[str, Any]) -> Facts:
-    enums = {name: tuple(row[name]) for name in ("activation_type", "quant_type")}
-    return Facts(**{**row, **enums})
+    names = {name: tuple(row[name]) for name in ("get_2stage_cfgs", "activation_type", "quant_type")}
+    return Facts(**{**row, **names})
 
 
 def signature_of(source: str, function: str = "fused_moe") -> dict[str, str | None]:
@@ -104,6 +108,7 @@ def enum_of(header: str, name: str) -> tuple[str, ...]:
 def read(place: Path, *, version: str, commit: str | None, source: str) -> Facts:
     """The facts of a checkout of AITER, or of an unpacked wheel. Raises OSError or ValueError where it is neither."""
     module = (place / "aiter" / "fused_moe.py").read_bytes()
+    text = module.decode()
     headers = [root / "include" / "aiter_enum.h" for root in (place / "csrc", place / "aiter_meta" / "csrc")]
     header = next((h for h in headers if h.is_file()), headers[0]).read_text(encoding="utf-8")
     return Facts(
@@ -111,7 +116,8 @@ def read(place: Path, *, version: str, commit: str | None, source: str) -> Facts
         commit=commit,
         source=source,
         sha256=hashlib.sha256(module).hexdigest(),
-        fused_moe=signature_of(module.decode()),
+        fused_moe=signature_of(text),
+        get_2stage_cfgs=tuple(signature_of(text, "get_2stage_cfgs") if "def get_2stage_cfgs(" in text else ()),
         activation_type=enum_of(header, "ActivationType"),
         quant_type=enum_of(header, "QuantType"),
     )
@@ -124,17 +130,20 @@ def differences(parameters: Iterable[str]) -> list[str]:
     return found + [f"{name} is missing" for name in FLOOR if name not in have]
 
 
-def like(parameters: Mapping[str, str | None]) -> str | None:
-    """The newest recorded version with exactly these arguments, in this order.
+def like(parameters: Mapping[str, str | None], stages: Sequence[str] | None = None) -> str | None:
+    """The newest recorded version with exactly these arguments of `fused_moe`, in this order.
 
     parameters: argument -> its default as source text; None or "" where it has none, or none that is a literal.
+    stages: the arguments of `get_2stage_cfgs`, where those shall be the same too.
     """
 
-    def same(known: Mapping[str, str | None]) -> bool:
+    def same(facts: Facts) -> bool:
+        known = facts.fused_moe
         defaults = all(not text or text == known[name] for name, text in parameters.items() if name in known)
-        return tuple(known) == tuple(parameters) and defaults
+        chosen = stages is None or tuple(stages) == facts.get_2stage_cfgs
+        return tuple(known) == tuple(parameters) and defaults and chosen
 
-    return next((v for v, facts in reversed([*recorded().items()]) if same(facts.fused_moe)), None)
+    return next((v for v, facts in reversed([*recorded().items()]) if same(facts)), None)
 
 
 def main() -> None:

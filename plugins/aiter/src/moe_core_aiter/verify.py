@@ -127,7 +127,7 @@ def environment(hardware: HardwareInfo) -> dict[str, Any]:
         "versions": versions,
         "hip": torch.version.hip,
         "moe-core": moe_core.__version__,
-        "aiter_arguments_as_in": contract.like(made.parameters),
+        "aiter_arguments_as_in": contract.like(made.parameters, made.stages),
         "aiter_differences": contract.differences(made.parameters),
         "aiter_fp8": str(made.fp8),
         "flydsl": made.flydsl,

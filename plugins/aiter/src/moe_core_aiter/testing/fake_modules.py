@@ -6,7 +6,7 @@ import ast
 import inspect
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from types import ModuleType, SimpleNamespace
@@ -46,10 +46,12 @@ class AiterDouble:
         }
         parameters = {**self.facts.fused_moe, **dict.fromkeys(more, "None")}
         signature = _signature(parameters, {**enums, "GateMode": _GateMode})
-        counts = "swiglu_limit" in parameters and signature.parameters["swiglu_limit"].default is None
-        device = kernel.Device(arch, _FP8[arch], flydsl, counts)
+        mxfp8 = "swiglu_limit" in parameters and signature.parameters["swiglu_limit"].default is None
+        device = kernel.Device(arch, _FP8[arch], flydsl, "is_ep" in self.facts.get_2stage_cfgs, mxfp8)
         inner = ModuleType("aiter.fused_moe")
         inner.__dict__["fused_moe"] = kernel.make(signature, device, self.calls.append)
+        if self.facts.get_2stage_cfgs:
+            inner.__dict__["get_2stage_cfgs"] = _described(self.facts.get_2stage_cfgs)
         if "gate_mode" in parameters:
             inner.__dict__["is_flydsl_available"] = lambda: flydsl
         outer = ModuleType("aiter")
@@ -78,6 +80,16 @@ class AiterDouble:
 
 class _GateMode(Enum):
     SEPARATED = "separated"
+
+
+def _described(names: Iterable[str]) -> Callable[..., None]:
+    """A function of these arguments, which is looked at and never called."""
+
+    def described() -> None:
+        raise NotImplementedError("the double chooses no kernels")
+
+    described.__signature__ = _signature(dict.fromkeys(names), {})  # type: ignore[attr-defined]
+    return described
 
 
 def _signature(parameters: Mapping[str, str | None], names: Mapping[str, Any]) -> inspect.Signature:

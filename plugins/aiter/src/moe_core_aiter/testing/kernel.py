@@ -34,13 +34,15 @@ class DoubleError(AssertionError):
 class Device:
     """What a call runs on. fp8: the kind that the hardware has. flydsl: whether FlyDSL is installed.
 
-    counts_masked_slot: whether this version takes one slot of every masked row for one that is never computed.
+    counts_masked_slot: whether this version takes one slot of every masked row for one that is never computed. mxfp8:
+    whether it has kernels for mxfp8 weights.
     """
 
     arch: str
     fp8: torch.dtype
     flydsl: bool
     counts_masked_slot: bool
+    mxfp8: bool
 
 
 def make(signature: inspect.Signature, device: Device, log: Callable[[dict[str, Any]], None]) -> Callable[..., Tensor]:
@@ -155,7 +157,7 @@ class Layer:
             need(tagged, "weights without is_shuffled=True go to kernels for plain ones")
             need(self.device.arch == "gfx950", f"these kernels are built for gfx950, not {self.device.arch}")
         if self.mx and self.w1.dtype is not _FP4:
-            here = self.counts_masked_slot and self.device.flydsl and self.interleaved
+            here = self.device.mxfp8 and self.device.flydsl and self.interleaved
             need(here, "mxfp8 weights need FlyDSL's kernels, of v0.1.17 or newer, and gate_mode='interleave'")
         if self.w1.dtype is INT4:
             need(self.modern and self.device.flydsl, "int4 weights need FlyDSL's kernels")
