@@ -186,6 +186,7 @@ def _amd(asm: str) -> dict[str, Any]:
         "vgpr_spills": number("vgpr_spill_count"),
         "sgpr_spills": number("sgpr_spill_count"),
         "mfma": len(re.findall(r"v_mfma", asm)),
+        "mfma_names": sorted(set(re.findall(r"\bv_mfma_\w+", asm))),
         "direct_to_lds": len(re.findall(r"_load_\S*\s.*\blds\b|buffer_load_lds|global_load_lds", asm)),
     }
 
@@ -293,15 +294,29 @@ def markdown(rows: list[dict[str, Any]], total: dict[str, Any]) -> str:
             f"| {max(r.get('spill_bytes', 0) for r in good)} | {max(r.get('shared', 0) for r in good)} "
             f"| {', '.join(uses)} |"
         )
+    lines += _matrix_instructions(rows)
     for title, chosen in (
         ("Failed", [row for row in rows if "error" in row]),
         ("Spilling", sorted((r for r in rows if r.get("spill_bytes")), key=lambda r: -r["spill_bytes"])),
     ):
         lines += ["", f"## {title}: {len(chosen)}", ""]
-        for row in chosen[:100]:
+        for row in chosen:
             what = row.get("error") or f"{row['spill_bytes']} bytes, {row['registers']} registers"
             lines.append(f"- `{row['kernel']}` {row['target']}: {what} ({row['variant']}; {', '.join(row['origins'])})")
     return "\n".join(lines) + "\n"
+
+
+def _matrix_instructions(rows: list[dict[str, Any]]) -> list[str]:
+    """AMD's by name: eight-bit floats that are not the hardware's own are widened without a word from the compiler."""
+    found: dict[tuple[str, str, str], set[str]] = {}
+    for row in rows:
+        if row.get("mfma_names"):
+            kind = row["origins"][0].split(" ")[0]
+            found.setdefault((row["kernel"], row["target"], kind), set()).update(row["mfma_names"])
+    if not found:
+        return []
+    lines = ["", "| kernel | target | layer | matrix instructions |", "|---|---|---|---|"]
+    return lines + [f"| {' | '.join(key)} | {', '.join(sorted(names))} |" for key, names in sorted(found.items())]
 
 
 def main(arguments: list[str] | None = None) -> int:
