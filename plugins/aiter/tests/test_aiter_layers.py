@@ -365,6 +365,35 @@ def test_kinds_are_compared_on_every_call(bench: Any) -> None:
     assert not here.double.calls
 
 
+WRONG_TOKENS = [
+    ("bf16", "hidden_states", lambda t: t.float(), r"hidden_states is torch.float32 \(.*, 256\), not torch.bfloat16"),
+    ("bf16", "hidden_states", lambda t: t[:, :128], r"hidden_states is torch.bfloat16 \(.*, 128\), not torch.bfloat16"),
+    ("bf16", "hidden_scale", lambda t: torch.ones(23, 2), "hidden_scale was given, and rows in bf16 have none"),
+    ("fp8_block128", "hidden_states", lambda t: t.float(), "not torch.float8_e4m3fn"),
+    ("fp8_block128", "hidden_scale", lambda t: None, "hidden_scale is missing"),
+    ("fp8_block128", "hidden_scale", lambda t: t.double(), "hidden_scale is torch.float64"),
+    ("fp8_block128", "hidden_scale", lambda t: t.t(), r"hidden_scale is torch.float32 \(2, 23\), not .* \(23, 2\)"),
+    ("fp8_channel", "hidden_scale", lambda t: t[:-1], r"not torch.float32 \(23, 1\)"),
+    ("mxfp4", "hidden_states", lambda t: t[:, :32], r"\(23, 32\), not torch.uint8 \(23, 160\)"),
+    ("mxfp4", "hidden_scale", lambda t: t.float(), r"hidden_scale is torch.float32 \(23, 10\), not torch.uint8"),
+]
+
+
+@pytest.mark.parametrize(("scheme", "what", "change", "message"), WRONG_TOKENS)
+def test_tokens_and_their_scales_are_compared_on_every_call(
+    scheme: str, what: str, change: Any, message: str, bench: Any
+) -> None:
+    here = bench()
+    config = here.config(scheme)
+    layer = make_layer(config, 1, tokens=20)
+    plan, state = here.plan(config, layer.weights, dispatcher="testing_standard"), RunningState()
+    sent = plan.dispatch(layer.hidden, layer.topk, state)
+    setattr(sent, what, change(getattr(sent, what)))
+    with pytest.raises(ContractViolation, match=message):
+        plan.run(sent, state)
+    assert not here.double.calls
+
+
 def test_strided_ids_and_weights(bench: Any) -> None:
     here = bench()
     layer = make_layer(here.config(), 1, tokens=6)

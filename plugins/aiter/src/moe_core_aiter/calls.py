@@ -37,6 +37,11 @@ class Call:
     result: Tensor | None = None
 
 
+#: Payload -> values of a row that share an item, and a scale. mxfp4 is bytes, by whatever dtype they go.
+_PACKED = {"mxfp4": 2}
+_GROUPS = {"fp8_group128": 128, "mxfp4": 32}
+
+
 class CallCheck:
     """The checks of one path of a plan."""
 
@@ -50,6 +55,11 @@ class CallCheck:
         #: Ids lie below this; the last one is the sink, where there is one.
         self.ids = space + sink
         self._top_k = binding.config.top_k
+        self._payload = payload = "bf16" if terms is None else terms.payload
+        hidden = binding.config.hidden_size
+        self._width, self._columns = hidden // _PACKED.get(payload, 1), hidden // _GROUPS.get(payload, hidden)
+        kinds = {"bf16": (binding.dtype, None), "mxfp4": (torch.uint8, torch.uint8)}
+        self._dtype, self._scale_dtype = kinds.get(payload, (torch.float8_e4m3fn, torch.float32))
         self._values = binding.request.settings.check
         # What the dispatcher's mask must be: the n-th 1 stands for the n-th expert of w1.
         self._mask = expert_mask(binding, sink=sink) if self.masked else None
@@ -59,7 +69,9 @@ class CallCheck:
         ids, weights, mask = call.ids, call.weights, call.mask
         rows = (call.hidden.shape[0], self._top_k)
         if (
-            ids.dtype is not torch.int32
+            not self._is(call.hidden, self._dtype, self._width)
+            or not self._scales_fit(call)
+            or ids.dtype is not torch.int32
             or ids.shape != rows
             or weights.dtype is not torch.float32
             or weights.shape != rows
@@ -70,11 +82,35 @@ class CallCheck:
         if self._values:
             self._check_values(call)
 
+    def _is(self, tensor: Tensor, dtype: torch.dtype | None, columns: int) -> bool:
+        same = tensor.dtype is dtype or (dtype is torch.uint8 and tensor.element_size() == 1)
+        return same and tensor.dim() == 2 and tensor.shape[1] == columns
+
+    def _scales_fit(self, call: Call) -> bool:
+        scale = call.scale
+        if scale is None or self._scale_dtype is None:
+            return scale is None and self._scale_dtype is None
+        return self._is(scale, self._scale_dtype, self._columns) and scale.shape[0] == call.hidden.shape[0]
+
     def _fits(self, mask: Tensor) -> bool:
         return mask.dtype is torch.int32 and mask.shape == (self.ids,) and mask.is_contiguous()
 
     def _why(self, call: Call) -> list[str]:
         rows, found = (call.hidden.shape[0], self._top_k), []
+        if not self._is(call.hidden, self._dtype, self._width):
+            found.append(
+                f"hidden_states is {call.hidden.dtype} {tuple(call.hidden.shape)}, not {self._dtype} "
+                f"{(rows[0], self._width)}"
+            )
+        if not self._scales_fit(call):
+            if call.scale is None:
+                said = f"is missing: rows in {self._payload} come with their scales"
+            elif self._scale_dtype is None:
+                said = f"was given, and rows in {self._payload} have none"
+            else:
+                said = f"is {call.scale.dtype} {tuple(call.scale.shape)}"
+                said += f", not {self._scale_dtype} {(rows[0], self._columns)}"
+            found.append(f"hidden_scale {said}")
         for name, tensor, dtype in (("topk_ids", call.ids, torch.int32), ("topk_weights", call.weights, torch.float32)):
             if tensor.dtype is not dtype or tensor.shape != rows:
                 found.append(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {rows}")

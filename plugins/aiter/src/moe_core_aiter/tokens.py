@@ -90,7 +90,7 @@ class TokenReader:
     def _unpack(self, call: Call, weights: AiterWeights) -> None:
         """Quantized rows: as they are where AITER has kernels for them, else in 16 bits again."""
         if call.scale is None:
-            raise ContractViolation(f"rows in {self._payload} came without their scales")
+            raise TypeError("checked before")
         if not self._as_is:
             call.hidden = dequantize_activation(call.hidden, call.scale, self._payload, self._dtype)
             call.scale = None
