@@ -31,6 +31,6 @@ def check_nodes(group: Any, node: int) -> None:
             raise BindError(
                 f"MoRI is told that EP ranks {first} to {first + node - 1} are on one node, and they are on "
                 f"{machines} machines",
-                hint="say how many GPUs a node has (options={'mori': {'gpus_per_node': 4}}), and number the ranks of a "
-                "machine one after another; mori_v2 runs within a node only",
+                hint="say how many GPUs a node has (the option gpus_per_node of mori and of mori_ll), and number the "
+                "ranks of a machine one after another; mori_v2 runs within a node only",
             )
