@@ -1,7 +1,7 @@
 """Every call of MoRI that this plugin makes, and nothing else: arguments by name, so that they can be held to facts.
 
-`tests/test_mori_facts.py` reads the calls below out of this file and compares them with the recorded versions. `check` does
-the same with the installed build when a plan is bound. R = rows that may be received, M = most tokens a rank.
+`tests/test_mori_facts.py` reads the calls below out of this file and compares them with the recorded versions. `check`
+does the same with the installed build when a plan is bound. R = rows that may be received, M = most tokens a rank.
 """
 
 from __future__ import annotations
