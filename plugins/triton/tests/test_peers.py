@@ -6,8 +6,9 @@ Every rank sends before any waits, as split phases do; several GPUs run tests/di
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ if torch.cuda.is_available():
 os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 from moe_core_triton.peers import dispatcher as peers
-from moe_core_triton.peers.memory import PROGRAMS, WINDOWS, Need, Window
+from moe_core_triton.peers import memory as peers_memory
+from moe_core_triton.peers.memory import PROGRAMS, WINDOWS, Memory, Need, Window
+from moe_core_triton.peers.turns import Mark, Turns
 
 import moe_core
 from moe_core import MoeConfig, ParallelConfig, RunningState, TopKOutput
@@ -55,8 +58,10 @@ class Host:
             )
             for number in range(WINDOWS)
         ]
-        free = lambda: next(w for w in windows if w.free)  # noqa: E731
-        return SimpleNamespace(windows=windows, window=free, failure=torch.zeros(1, dtype=torch.int32))
+        memory = Memory.__new__(Memory)
+        memory.windows, memory.failure = windows, torch.zeros(1, dtype=torch.int32)
+        memory.processors, memory.turns = 4, Turns(device)
+        return memory
 
 
 def ranks_of(
@@ -226,6 +231,186 @@ def test_a_dead_rank_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         here[0].dispatch_begin(*tokens_of(config, [3, 3])[0], RunningState())
 
 
+def test_a_combine_names_the_dead_rank_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, state = config_of(), RunningState()
+    here = ranks_of(config, 2, monkeypatch, equal_tokens=True)
+    sent = [d.dispatch_begin(*one, state) for d, one in zip(here, tokens_of(config, [2, 2]), strict=True)]
+    given = [d.dispatch_finish(one, state) for d, one in zip(here, sent, strict=True)]
+    here[1]._memory.failure[0] = 1
+    with pytest.raises(CommunicationError, match="EP rank 1 waited 60 s for EP rank 0"):
+        here[1].combine_begin(experts_of(given[1], 1, owners_of(config, 2, "linear")), state)
+
+
+def test_calls_that_all_ranks_give_up_leave_the_counts_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a later call would find its flags raised already, and read what has not come."""
+    config, state = config_of(), RunningState()
+    here, owners = ranks_of(config, 2, monkeypatch, equal_tokens=True), owners_of(config, 2, "linear")
+    for call in range(2 * WINDOWS):  # dispatches between their phases, then combines between theirs
+        sent = [d.dispatch_begin(*one, state) for d, one in zip(here, tokens_of(config, [3, 3], call), strict=True)]
+        if call >= WINDOWS:
+            given = [d.dispatch_finish(one, state) for d, one in zip(here, sent, strict=True)]
+            done = [experts_of(one, rank, owners) for rank, one in enumerate(given)]
+            back = [d.combine_begin(one, state) for d, one in zip(here, done, strict=True)]
+            del given, done, back
+        del sent
+    for d in here:
+        for window, calls in zip(d._memory.windows, ([3, 2], [1, 0]), strict=True):
+            for number, name in enumerate(("sent", "returned")):
+                flags = window.part(name, 2, torch.int32, PROGRAMS)
+                assert int(flags[1 - d._me].max()) == calls[number]
+                assert torch.equal(flags[1 - d._me], window.epochs[number])
+
+
+def test_an_abandoned_window_is_the_last_to_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks find out at different times that a failed call's handle is gone, and must not take different windows."""
+    config, state = config_of(), RunningState()
+    late, soon = ranks_of(config, 2, monkeypatch, equal_tokens=True)
+    tokens = tokens_of(config, [3, 3])
+    held = late.dispatch_begin(*tokens[0], state)  # a traceback holds it, say
+    soon.dispatch_begin(*tokens[1], state)
+    assert [d._memory.windows.index(d._memory.window()) for d in (late, soon)] == [1, 1]
+    del held
+    assert late._memory.windows.index(late._memory.window()) == 1
+
+
+def test_tokens_that_begin_at_an_odd_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, state = config_of(dtype="bfloat16", top_k=1), RunningState()
+    here = ranks_of(config, 2, monkeypatch, equal_tokens=True)
+    hidden = torch.arange(1 + 2 * 256).to(torch.bfloat16)[1:].view(2, 256)
+    topk = TopKOutput(torch.tensor([[0], [1]]), torch.ones(2, 1))  # int64, both of rank 0
+    sent = [d.dispatch_begin(hidden, topk, state) for d in here]
+    given = here[0].dispatch_finish(sent[0], state)
+    assert torch.equal(given.hidden_states, torch.cat([hidden, hidden]))
+
+
+def test_a_result_that_another_ranks_memory_would_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, state = config_of(dtype="float16"), RunningState()
+    here = ranks_of(config, 2, monkeypatch, equal_tokens=True)
+    sent = [d.dispatch_begin(*one, state) for d, one in zip(here, tokens_of(config, [2, 2]), strict=True)]
+    given = here[0].dispatch_finish(sent[0], state)
+    for wrong in (torch.zeros(4, 256), torch.zeros(5, 256, dtype=torch.float16)):
+        with pytest.raises(ContractViolation, match=r"expected torch.float16 \[4, 256\]"):
+            here[0].combine_begin(StandardCombineInput(wrong, given.handle), state)
+
+
+def test_all_ranks_launch_as_the_smallest_gpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs wait for those of the same number, and GPUs of one architecture have not all as many processors."""
+    made: list[dict[str, Any]] = []
+
+    class Group:
+        """What can be referred to weakly."""
+
+    class Made:
+        def __init__(self, *_: Any, **more: Any) -> None:
+            made.append(more)
+
+    def gather(into: list[Any], mine: Any, group: Any) -> None:
+        into[:] = [mine, (False, 3)]
+
+    monkeypatch.setattr(peers_memory, "Memory", Made)
+    monkeypatch.setattr(peers_memory.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(peers_memory.dist, "all_gather_object", gather)
+    group = Group()
+    held = [
+        peers_memory.shared_memory(group, (0, 1), Need(2, 4, size, 0, 512, 2), torch.device("cpu"))
+        for size in (256, 512)
+    ]
+    assert [one["processors"] for one in made] == [3, 3]
+    assert len(held) == 2
+    assert made[0]["turns"] is made[1]["turns"]  # kernels of two memories are in each other's way as well
+
+
+class Stream:
+    """Remembers what it was told to wait for."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, name: str, captured: bool = False) -> None:
+        self.name, self.captured, self.waits = name, captured, list[str]()
+
+    def wait_event(self, event: Event) -> None:
+        self.waits.append(event.where)
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waits.append(f"all of {other.name}")
+
+    def record_event(self) -> Event:
+        event = Event()
+        event.record(self)
+        return event
+
+
+class Event:
+    """Where it was recorded last."""
+
+    def record(self, stream: Stream) -> None:
+        assert not stream.captured
+        self.where = stream.name
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`with on(stream):`, without a GPU."""
+    current: list[Stream] = []
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1].captured)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    return on
+
+
+def test_kernels_that_wait_take_turns_on_all_streams(on: Any) -> None:
+    one, two, turns = Stream("one"), Stream("two"), Turns(torch.device("cuda", 0))
+    for stream in (one, one, two, two, one):
+        with on(stream):
+            turns.wait()
+            turns.end()
+    assert (one.waits, two.waits) == (["two"], ["one"])
+    with on(two):  # sends alone: in nobody's way, but behind the combine that gave it its window
+        turns.wait()
+    with on(one):
+        turns.wait()
+    assert (one.waits, two.waits) == (["two"], ["one", "one"])
+
+
+def test_turns_in_a_capture_know_that_capture_alone(on: Any) -> None:
+    eager, turns = Stream("eager"), Turns(torch.device("cuda", 0))
+    first, second, other = (Stream(name, captured=True) for name in ("first", "second", "other"))
+    for stream in (eager, first, second):
+        with on(stream):
+            turns.wait()
+            turns.end()
+    assert (first.waits, second.waits) == ([], ["all of first"])
+    second.captured = False  # that capture has ended
+    for stream in (other, second):
+        with on(stream):
+            turns.wait()
+    assert (other.waits, second.waits) == ([], ["all of first", "eager"])
+
+
+def test_the_second_phase_on_another_stream(on: Any) -> None:
+    read: list[Any] = []
+
+    class Tensor:
+        def record_stream(self, stream: Stream) -> None:
+            read.append(stream)
+
+    begun, ended = Stream("begun"), Stream("ended")
+    with on(begun):
+        mark = Mark(torch.device("cuda", 0))
+        mark.follow(Tensor())  # type: ignore[arg-type]
+    with on(ended):
+        mark.follow(Tensor())  # type: ignore[arg-type]
+    assert (begun.waits, ended.waits, read) == ([], ["begun"], [ended])
+
+
 @pytest.mark.parametrize("options", [{"programs": 0}, {"programs": PROGRAMS + 1}, {"timeout_s": 0}])
 def test_options_out_of_range(options: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BindError, match="the option programs is 1 to 8192, and timeout_s positive"):
@@ -233,8 +418,6 @@ def test_options_out_of_range(options: dict[str, int], monkeypatch: pytest.Monke
 
 
 def test_a_third_flight_is_refused() -> None:
-    from moe_core_triton.peers.memory import Memory
-
     memory = Memory.__new__(Memory)
     size = Need(2, 4, 256, 0, 512, 2).places()[1]
     memory.windows = [Window(torch.zeros(size, dtype=torch.uint8), [0, 0], {}) for _ in range(WINDOWS)]

@@ -5,7 +5,7 @@ its experts, and rows that are not there are not moved: their ids are dropped, a
 dispatch, one to combine, each of which waits on the device for the other ranks' programs; results are added up in
 float32 in the order of ranks. Nothing waits for the host, so a call can be captured in a graph.
 
-What `dispatch` gives lies in the shared memory until the next dispatch.
+What `dispatch` gives lies in the shared memory until its `combine`: then the other ranks may send the next tokens.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from moe_core.dispatchers.torch_distributed.finish import finish
 from moe_core.dispatchers.torch_distributed.groups import make_groups
 from moe_core.dispatchers.torch_distributed.payload import Travelling
 from moe_core.dispatchers.torch_distributed.rows import RowsOfRanks
-from moe_core.errors import BindError, CommunicationError
+from moe_core.errors import BindError, CommunicationError, ContractViolation
 from moe_core.formats import StandardCombineInput, StandardDispatchOutput
 from moe_core.protocols import Binding, RunningState
 from moe_core.topk import TopKOutput
 from moe_core.vocabulary import DroppedSlot, IdSpace, Step
-from moe_core_triton.kernels.launching import interpreting, is_hopper_or_newer, processors
+from moe_core_triton.kernels.launching import interpreting, is_hopper_or_newer
 from moe_core_triton.peers.kernels import send_tokens, sum_results
 from moe_core_triton.peers.memory import PROGRAMS, Need, Window, shared_memory
+from moe_core_triton.peers.turns import Mark
 
 #: Seconds that a kernel waits for another rank, unless the option says otherwise.
 TIMEOUT_S = 60
@@ -41,13 +42,17 @@ FEW_ROWS = 512
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Handle:
-    """What travels to `combine`: this rank's tokens, the rows of each rank, its own ids, where it all lies."""
+    """What travels to `combine`: this rank's tokens, the rows of each rank, its own ids, where it all lies.
+
+    sent: behind the kernel that sends.
+    """
 
     tokens: int
     rows: int
     ids: Tensor
     window: Window
     output: Tensor | None
+    sent: Mark | None = None
 
 
 @dataclass(slots=True)
@@ -63,10 +68,11 @@ class Sent:
 
 @dataclass(slots=True)
 class Returned:
-    """Between `combine_begin` and `combine_finish`."""
+    """Between `combine_begin` and `combine_finish`. sent: behind the kernel that sends."""
 
     handle: Handle
     result: Tensor
+    sent: Mark | None = None
 
 
 class SymmMemDispatcher:
@@ -92,8 +98,6 @@ class SymmMemDispatcher:
         self.expert_mask = expert_mask(binding, sink=sink) if "expert_mask" in terms.extras else None
         self._scale = config.routed_scaling_factor if Step.ROUTED_SCALING in taken_on(binding) else 1.0
         self._programs = int(binding.options.get("programs", PROGRAMS))
-        # Sending is bound by the link; the sum waits and reads memory, which the programs of other rows hide.
-        self._senders = min(self._programs, SENDERS * processors(binding.device))
         self._native = is_hopper_or_newer(binding.device)
         self._timeout_s = float(binding.options.get("timeout_s", TIMEOUT_S))
         if not 1 <= self._programs <= PROGRAMS or self._timeout_s <= 0:
@@ -118,6 +122,8 @@ class SymmMemDispatcher:
             top_k=self._top_k,
         )
         self._memory = shared_memory(self._groups.ep, self._groups.members, need, binding.device)
+        # Sending is bound by the link; the sum waits and reads memory, which the programs of other rows hide.
+        self._senders = min(self._programs, SENDERS * self._memory.processors)
 
     def dispatch(self, hidden_states: Tensor, topk_output: TopKOutput, state: RunningState) -> StandardDispatchOutput:
         """The tokens that this rank has experts for, among [ep_size * rows, H]."""
@@ -125,26 +131,27 @@ class SymmMemDispatcher:
 
     def dispatch_begin(self, hidden_states: Tensor, topk_output: TopKOutput, state: RunningState) -> Sent:
         """Send."""
-        return self._send(hidden_states, topk_output, state, wait=False)
+        sent = self._send(hidden_states, topk_output, state, wait=False)
+        sent.handle.sent = Mark(hidden_states.device)
+        return sent
 
     def dispatch_finish(self, handle: Sent, state: RunningState) -> StandardDispatchOutput:
         """Wait for the others."""
+        if handle.handle.sent is not None:
+            handle.handle.sent.follow(handle.handle.ids)
         self._launch_send(handle, send=False, wait=True)
         return self._given(handle)
 
     def _send(self, hidden_states: Tensor, topk_output: TopKOutput, state: RunningState, *, wait: bool) -> Sent:
-        if failed := int(self._memory.failure[0]):
-            raise CommunicationError(
-                f"EP rank {self._me} waited {self._timeout_s:g} s for EP rank {failed - 1}, in vain: it is "
-                "dead, late, or not in this call",
-                hint="see what the other ranks say; start the processes again",
-            )
+        self._heed()
         tokens = hidden_states.shape[0]
         rows = self._rows(tokens, state)
         ids = topk_output.topk_ids.contiguous()
         hidden, scale = hidden_states.contiguous(), None
         if not self._quantizes:
             hidden, *scales = self._travelling(hidden_states)
+            if hidden.data_ptr() % 4:  # a view that begins at an odd element cannot be read as words
+                hidden = hidden.clone()
             hidden, scale = hidden.view(torch.int32), scales[0].view(torch.int32) if scales else None
         window = self._memory.window()
         output, state.output = state.output, None
@@ -154,10 +161,20 @@ class SymmMemDispatcher:
         self._launch_send(sent, send=True, wait=wait)
         return sent
 
+    def _heed(self) -> None:
+        """Raise CommunicationError where a kernel has waited in vain: the GPU takes no further one."""
+        if failed := int(self._memory.failure[0]):
+            raise CommunicationError(
+                f"EP rank {self._me} waited {self._timeout_s:g} s for EP rank {failed - 1}, in vain: it is "
+                "dead, late, or not in this call",
+                hint="see what the other ranks say; start the processes again",
+            )
+
     def _launch_send(self, sent: Sent, *, send: bool, wait: bool) -> None:
         handle, window = sent.handle, sent.handle.window
         if not handle.rows:
             return
+        self._memory.turns.wait()
         words = self._hidden * self._sent_dtype.itemsize // 4
         place = window.place
         send_tokens[(min(handle.rows, self._senders),)](
@@ -169,6 +186,8 @@ class SymmMemDispatcher:
             QUANTIZE=self._quantizes, NATIVE=self._native, DROPPED=self._dropped, P=PROGRAMS, SEND=send, WAIT=wait,
             TIMEOUT_NS=self._timeout_ns, num_warps=_warps(self._hidden * self._sent_dtype.itemsize, handle.rows),
         )  # fmt: skip
+        if wait:
+            self._memory.turns.end()
 
     def _given(self, sent: Sent) -> StandardDispatchOutput:
         handle, window = sent.handle, sent.handle.window
@@ -192,14 +211,25 @@ class SymmMemDispatcher:
         """Send the results."""
         returned = self._return(combine_input)
         self._launch_sum(returned, returned.result, send=True, wait=False)
+        returned.sent = Mark(returned.result.device)
         return returned
 
     def combine_finish(self, handle: Returned, state: RunningState) -> Tensor:
         """Wait for those of the others, and sum."""
+        if handle.sent is not None:
+            handle.sent.follow(handle.handle.ids, handle.result)
         return self._sum(handle, send=False)
 
     def _return(self, combine_input: StandardCombineInput) -> Returned:
-        return Returned(combine_input.handle, combine_input.hidden_states.contiguous())
+        self._heed()
+        handle, result = combine_input.handle, combine_input.hidden_states
+        expected = self._ranks * handle.rows, self._hidden
+        if result.shape != expected or result.dtype != self._dtype:  # another rank's memory holds no more
+            raise ContractViolation(
+                f"the experts' result is {result.dtype} {list(result.shape)}, expected {self._dtype} {list(expected)}",
+                hint="this is a bug of the runner: `standard` rows keep their number and have the layer's dtype",
+            )
+        return Returned(handle, result.contiguous())
 
     def _sum(self, returned: Returned, *, send: bool) -> Tensor:
         handle = returned.handle
@@ -217,6 +247,7 @@ class SymmMemDispatcher:
         handle, window = returned.handle, returned.handle.window
         if not handle.rows:
             return
+        self._memory.turns.wait()
         place = window.place
         sum_results[(min(handle.rows, self._programs),)](
             returned.result, out, handle.ids, self._owner, window.bases, window.epochs[1], self._memory.failure,
@@ -227,6 +258,8 @@ class SymmMemDispatcher:
             DROPPED=self._dropped, P=PROGRAMS, SEND=send, WAIT=wait, TIMEOUT_NS=self._timeout_ns,
             num_warps=_warps(self._hidden * self._dtype.itemsize, handle.rows),
         )  # fmt: skip
+        if wait:
+            self._memory.turns.end()
 
 
 def _places(binding: Binding) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,10 @@
 
 Every program of a launch has its own flags and waits for the same program of each other rank alone; the kernel ends
 when all have, so the next kernel of the stream finds everything. Flags and epochs only count up, which a replayed graph
-does as well.
+does as well. A program counts what it has sent, and expects as much of the others: calls that were given up between
+their two phases, on all ranks, leave both alike.
+
+More programs than a GPU holds at a time end because programs start in the order of their numbers, on every rank.
 
 Addresses of peers are numbers to Triton, without known alignment: `tl.multiple_of` says that rows are of 16 bytes, or
 stores would be two bytes wide.
@@ -39,26 +42,28 @@ def _await(flag, wanted, failure, code, TIMEOUT_NS: tl.constexpr):
 
 
 @triton.jit
-def _signal(bases, flags_at, me, R: tl.constexpr, P: tl.constexpr):
-    """To the same program of every other rank: what this one had to write is written."""
+def _signal(bases, flags_at, epochs, me, R: tl.constexpr, P: tl.constexpr):
+    """To the same program of every other rank: what this one had to write is written. Returns its number of times."""
+    pid = tl.program_id(0)
+    times = tl.load(epochs + pid) + 1
     tl.debug_barrier()
     for j in tl.static_range(1, R):
         base = tl.load(bases + (me + j) % R)
-        flag = (base + flags_at).to(tl.pointer_type(tl.int32)) + me * P + tl.program_id(0)
+        flag = (base + flags_at).to(tl.pointer_type(tl.int32)) + me * P + pid
         tl.atomic_add(flag, 1, sem="release", scope="sys")
+    tl.store(epochs + pid, times)
+    return times
 
 
 @triton.jit
-def _await_all(bases, flags_at, epochs, failure, me, R: tl.constexpr, P: tl.constexpr, TIMEOUT_NS: tl.constexpr):
+def _await_all(bases, flags_at, wanted, failure, me, R: tl.constexpr, P: tl.constexpr, TIMEOUT_NS: tl.constexpr):
     """For the same program of every other rank."""
     pid = tl.program_id(0)
-    wanted = tl.load(epochs + pid) + 1
     own = (tl.load(bases + me) + flags_at).to(tl.pointer_type(tl.int32))
     for j in tl.static_range(1, R):
         source = (me + j) % R
         _await(own + source * P + pid, wanted, failure, source + 1, TIMEOUT_NS)
     tl.debug_barrier()
-    tl.store(epochs + pid, wanted)
 
 
 @triton.jit(do_not_specialize=["tokens", "rows", "me", "experts"])
@@ -121,9 +126,11 @@ def send_tokens(
                 if SCALES > 0:
                     to_scale = (base + scale_at).to(tl.pointer_type(factors.dtype)) + at * SCALES + part
                     tl.store(to_scale, factors, mask=needed & (part < SCALES))
-        _signal(bases, flags_at, me, R, P)
+        times = _signal(bases, flags_at, epochs, me, R, P)
+    else:
+        times = tl.load(epochs + pid)
     if WAIT:
-        _await_all(bases, flags_at, epochs, failure, me, R, P, TIMEOUT_NS)
+        _await_all(bases, flags_at, times, failure, me, R, P, TIMEOUT_NS)
 
 
 @triton.jit(do_not_specialize=["tokens", "rows", "me", "experts", "factor"])
@@ -157,9 +164,11 @@ def sum_results(
                 base = tl.load(bases + peer)
                 to_row = (base + results_at).to(result.dtype) + to * H
                 tl.store(tl.multiple_of(to_row, 16) + h, value, mask=needed & (h < H))
-        _signal(bases, flags_at, me, R, P)
+        times = _signal(bases, flags_at, epochs, me, R, P)
+    else:
+        times = tl.load(epochs + pid)
     if WAIT:
-        _await_all(bases, flags_at, epochs, failure, me, R, P, TIMEOUT_NS)
+        _await_all(bases, flags_at, times, failure, me, R, P, TIMEOUT_NS)
         come = tl.multiple_of((own + results_at).to(result.dtype), 16)
         for t in tl.range(pid, tokens, programs):
             token = tl.full((), 0, tl.int64) + t

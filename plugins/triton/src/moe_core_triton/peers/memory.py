@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_core.errors import BindError, ContractViolation
+from moe_core_triton.kernels.launching import processors
+from moe_core_triton.peers.turns import Turns
 
 #: Results of dispatch that may wait for their combine at a time, of all layers that share the memory.
 WINDOWS: Final = 2
@@ -56,7 +58,7 @@ class Window:
     """What one dispatch and its combine use. `place`: offsets of its parts, the same on every rank.
 
     bases: int64 [ranks], where it begins in each rank's memory as this GPU sees it, by EP rank. epochs: int32
-    [2, PROGRAMS], how often each program has waited, for tokens and for results.
+    [2, PROGRAMS], how often each program has sent, tokens and results.
     """
 
     def __init__(self, local: Tensor, addresses: list[int], place: dict[str, int]) -> None:
@@ -64,27 +66,24 @@ class Window:
         self.bases = torch.tensor(addresses, dtype=torch.int64, device=local.device)
         self.epochs = torch.zeros(2, PROGRAMS, dtype=torch.int32, device=local.device)
         self._user: weakref.ref[Any] | None = None
-        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
 
     @property
     def free(self) -> bool:
-        """No dispatch waits for its combine here."""
-        return self._user is None or self._user() is None
+        """No dispatch was left without its combine here."""
+        return self._user is None
+
+    @property
+    def abandoned(self) -> bool:
+        """The dispatch that took it will not be combined: nobody holds its handle."""
+        return self._user is not None and self._user() is None
 
     def take(self, user: Any) -> None:
         """By a handle, until `give_back` or until nobody holds it any more."""
         self._user = weakref.ref(user)
-        if self._last is not None and not torch.cuda.is_current_stream_capturing():
-            stream, done = self._last
-            if stream != torch.cuda.current_stream(self.local.device):
-                torch.cuda.current_stream(self.local.device).wait_event(done)
 
     def give_back(self) -> None:
-        """The combine was launched on the current stream."""
+        """The combine was launched."""
         self._user = None
-        if self.local.is_cuda and not torch.cuda.is_current_stream_capturing():
-            stream = torch.cuda.current_stream(self.local.device)
-            self._last = stream, stream.record_event()
 
     def part(self, name: str, rows: int, dtype: torch.dtype, columns: int) -> Tensor:
         """[rows, columns] of a part."""
@@ -94,9 +93,15 @@ class Window:
 
 
 class Memory:
-    """The windows, and the word in host memory that says for whom a kernel waited in vain (EP rank + 1)."""
+    """The windows, and the word in host memory that says for whom a kernel waited in vain (EP rank + 1).
 
-    def __init__(self, group: Any, members: tuple[int, ...], need: Need, device: torch.device) -> None:
+    processors: of the smallest GPU, since all ranks must launch alike. turns: of the group.
+    """
+
+    def __init__(
+        self, group: Any, members: tuple[int, ...], need: Need, device: torch.device, *, processors: int, turns: Turns
+    ) -> None:
+        self.processors, self.turns = processors, turns
         place, size = need.places()
         buffer, handle = _allocate(WINDOWS * size, group, device)
         self._held = buffer, handle
@@ -111,9 +116,15 @@ class Memory:
         ]
 
     def window(self) -> Window:
-        """The first free one: ranks that make the same calls find the same. Raises ContractViolation."""
+        """The first free one: ranks that make the same calls find the same. Raises ContractViolation.
+
+        An abandoned one only if there is no other: ranks notice at different times that a failed call's handle is gone.
+        """
         for window in self.windows:
             if window.free:
+                return window
+        for window in self.windows:
+            if window.abandoned:
                 return window
         raise ContractViolation(
             f"{WINDOWS} results of dispatches wait for their combine; another dispatch would overwrite the first",
@@ -121,19 +132,27 @@ class Memory:
         )
 
 
-#: Of a group, by need. Layers hold it, so it goes with the last of them.
-_MADE: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[Need, Memory]] = weakref.WeakKeyDictionary()
+@dataclass(slots=True)
+class _Group:
+    """What the layers of a group share. memories: by need; layers hold them, so each goes with the last of them."""
+
+    turns: Turns
+    memories: weakref.WeakValueDictionary[Need, Memory]
+
+
+_MADE: weakref.WeakKeyDictionary[Any, _Group] = weakref.WeakKeyDictionary()
 
 
 def shared_memory(group: Any, members: tuple[int, ...], need: Need, device: torch.device) -> Memory:
     """For a layer; all ranks of `group` call this together. members: the rank in it of each EP rank."""
-    made = _MADE.setdefault(group, weakref.WeakValueDictionary())
+    made = _MADE.setdefault(group, _Group(Turns(device), weakref.WeakValueDictionary()))
     # Ranks collect garbage at different times, so they agree on whether the memory is still there.
-    mine = made.get(need)
-    there = [False] * dist.get_world_size(group)
-    dist.all_gather_object(there, mine is not None, group=group)
-    if mine is None or not all(there):
-        mine = made[need] = Memory(group, members, need, device)
+    mine = made.memories.get(need)
+    said: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(said, (mine is not None, processors(device)), group=group)
+    if mine is None or not all(there for there, _ in said):
+        smallest = min(count for _, count in said)
+        mine = made.memories[need] = Memory(group, members, need, device, processors=smallest, turns=made.turns)
     return mine
 
 
