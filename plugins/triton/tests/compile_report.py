@@ -341,6 +341,8 @@ def main(arguments: list[str] | None = None) -> int:
     missing = sorted(set(entry_kernels()) - {f"{v.fn.__module__}.{v.fn.__name__}" for v in found.values()})
     if "sm_90" not in options.targets.split(","):
         missing = [name for name in missing if ".kernels.hopper_" not in name]  # no other architecture has them
+    if not any(name.startswith("sm_") for name in options.targets.split(",")):
+        missing = [name for name in missing if ".peers." not in name]  # NVIDIA's alone
     if options.list:
         print("\n".join(f"{v.fn.__name__} {v.target.name} {v.text}" for v in variants))
         print(f"{len(variants)} variants; never launched: {missing}")

@@ -27,15 +27,17 @@ from moe_core_triton.kernels import launching
 
 import moe_core
 from moe_core import Activation, CanonicalWeights, MoeConfig, ParallelConfig
+from moe_core.dispatchers.torch_distributed.groups import Groups
+from moe_core.formats import StandardCombineInput
 from moe_core.protocols import RunnerHooks, RunningState
 from moe_core.quant import builtin_scheme
 from moe_core.registry import Registry
 from moe_core.settings import Settings
-from moe_core.specs import Offers
+from moe_core.specs import Offers, Terms
 from moe_core.testing import fake_plugin, make_routing
 from moe_core.testing.dispatchers import TESTING_STANDARD
 from moe_core.testing.dispatchers import plugin as testing_plugin
-from moe_core.vocabulary import STANDARD, IdSpace
+from moe_core.vocabulary import STANDARD, DroppedSlot, IdSpace
 
 RUNNER = "triton_aot"
 SCHEMES = (
@@ -228,6 +230,8 @@ def sweep(target: Any, origin: list[str], *, subset: bool) -> None:
                 raise
         origin[-1] = "router"
         _routers(subset)
+        if target.name.startswith("sm_"):
+            _peers(known, origin, subset)
 
 
 def _launch(layer: Layer, known: Registry, fix: Any, origin: list[str], arch: str) -> None:
@@ -244,6 +248,48 @@ def _launch(layer: Layer, known: Registry, fix: Any, origin: list[str], arch: st
         for text in fix(layer.problem(arch), tokens, layer.limit):
             origin[-1] = f"{layer.name} T={tokens} {text}"
             plan(hidden, topk, state=RunningState(hooks=hooks))
+
+
+def _peers(known: Registry, origin: list[str], subset: bool) -> None:
+    """`symm_mem`, whole calls and split ones, few rows and many; each rank's memory is this process's."""
+    from moe_core_triton.peers import dispatcher as peers
+    from moe_core_triton.peers.memory import Memory, Need, Window
+    from moe_core_triton.peers.turns import Turns
+
+    def memory(group: Any, members: tuple[int, ...], need: Need, device: torch.device) -> Memory:
+        place, size = need.places()
+        made = Memory.__new__(Memory)
+        made.windows = [Window(torch.zeros(size, dtype=torch.uint8), [0] * need.ranks, place)]
+        made.failure, made.processors, made.turns = torch.zeros(1, dtype=torch.int32), 132, Turns(device)
+        return made
+
+    payloads = ("bf16", "fp8_group128") if subset else ("bf16", "fp8_group128", "fp8_token", "int8_token")
+    points = [("bfloat16", 2, 7168), *([] if subset else [("float32", 2, 2048), ("float16", 8, 2880)])]
+    for dtype, ranks, hidden in points:
+        layout = ParallelConfig(ep_size=ranks, ep_rank=1, reduce="caller")
+        layer = Layer("symm_mem", {"top_k": 8, "hidden_size": hidden, "intermediate_size": 128, "dtype": dtype})
+        weights = weights_of(replace(layer, parallel=layout))
+        plan = moe_core.plan(layer.config, weights, layout, registry=known, settings=Settings(runner="reference"))
+        for payload in payloads:
+            terms = Terms(
+                id_space=IdSpace.LOCAL, dropped=DroppedSlot.NEGATIVE, payload=payload, ids_dtype="int32",
+                extras=frozenset(), steps={},
+            )  # fmt: skip
+            binding = replace(plan._binding, terms=terms, max_tokens=1024, options={"equal_tokens": True})
+            with (
+                mock.patch.object(peers, "shared_memory", memory),
+                mock.patch.object(peers, "make_groups", lambda _, n=ranks: Groups(None, None, tuple(range(n)))),
+            ):
+                made = peers.SymmMemDispatcher(binding)
+            for tokens in (8,) if subset else (8, 1024):
+                origin[-1] = f"symm_mem {payload} {dtype} EP{ranks} T={tokens}"
+                rows, state = torch.zeros(tokens, hidden, dtype=getattr(torch, dtype)), RunningState()
+                result = rows.new_zeros(ranks * tokens, hidden)
+                topk = make_routing("uniform", tokens, 8, layer.config.top_k)
+                given = made.dispatch(rows, topk, state)
+                made.combine(StandardCombineInput(result, given.handle), state)
+                given = made.dispatch_finish(made.dispatch_begin(rows, topk, state), state)
+                made.combine_finish(made.combine_begin(StandardCombineInput(result, given.handle), state), state)
 
 
 def _routers(subset: bool) -> None:

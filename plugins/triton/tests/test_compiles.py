@@ -119,6 +119,9 @@ def test_a_few_variants_compile(tmp_path: Path) -> None:
             assert sum(row["kernel"] == f"{part}{kind}_kernel" for row in theirs) >= len(HEIGHTS[scheme])
     assert all(row["wgmma"] and row["tma"] for row in theirs)
     assert any(row["kernel"] == "_wide_order" for row in hopper)
+    # Those that write to peers, with the time limit that the interpreter does not have: both phases at once, and each.
+    for name in ("send_tokens", "sum_results"):
+        assert sum(row["kernel"] == name for row in hopper) >= 3
     # By name, for the compiler says nothing where it widens: gfx942 multiplies e4m3fnuz, and not the e4m3fn of the
     # layers, which therefore go to its 16-bit instructions: exact, and not faster than those.
     cdna3 = [row for row in found["rows"] if row["target"] == "gfx942" and row["kernel"] == "grouped_gemm"]
