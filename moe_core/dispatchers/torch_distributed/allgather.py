@@ -44,11 +44,12 @@ class Handle:
 
 @dataclass(slots=True)
 class Flying:
-    """Collectives that were started, and what they fill."""
+    """Collectives that were started, and what they fill. sent: held until they end, which not every backend does."""
 
     works: list[Any]
     parts: list[Tensor]
     handle: Any
+    sent: list[Tensor]
 
 
 class AllGatherDispatcher:
@@ -85,7 +86,7 @@ class AllGatherDispatcher:
         parts = [part.new_empty(self._ranks * rows, *part.shape[1:]) for part in sent]
         with together("gathering tokens", self._groups.ep):
             works = gather(parts, sent, self._groups.ep) if rows else []
-        return Flying(works, parts, (tokens, rows, top_k, output))
+        return Flying(works, parts, (tokens, rows, top_k, output), sent)
 
     def dispatch_finish(self, handle: Flying, state: RunningState) -> StandardDispatchOutput:
         """Wait for them."""
@@ -116,12 +117,12 @@ class AllGatherDispatcher:
         if self._weigh or self._sum:
             live = handle.ids != self._dropped
             result = finish_slots(result, live, handle.weights, weigh=self._weigh, total=self._sum)
-        mine = result.new_empty(handle.rows, *result.shape[1:])
+        result, mine = result.contiguous(), result.new_empty(handle.rows, *result.shape[1:])
         works = []
         if handle.rows:
             with together("summing results", self._groups.ep):
-                works = [reduce_scatter(mine, result.contiguous(), group=self._groups.ep, async_op=True)]
-        return Flying(works, [mine], handle)
+                works = [reduce_scatter(mine, result, group=self._groups.ep, async_op=True)]
+        return Flying(works, [mine], handle, [result])
 
     def combine_finish(self, handle: Flying, state: RunningState) -> Tensor:
         """Wait for it."""
