@@ -117,7 +117,7 @@ class CutlassRunner:
         if self._padding:
             return torch.nn.functional.pad(hidden, (0, self._padding))
         if q.input_scale is not None:
-            codes = hidden.float().div_(q.input_scale)
+            codes = hidden.contiguous().float().div_(q.input_scale)
             return codes.clamp_(-448.0, 448.0).to(torch.float8_e4m3fn)
         return hidden.contiguous()
 

@@ -53,7 +53,8 @@ def tensor_quantize(hidden: Tensor, q: TrtllmWeights) -> Tensor:
     """[T, H] -> float8 [T, H] by the weights' static input scale."""
     if q.input_scale is None:
         raise ContractViolation("these weights have no input scale to quantize tokens by")
-    return hidden.float().div_(q.input_scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    codes = hidden.contiguous().float().div_(q.input_scale)
+    return codes.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def _mxfp8() -> Reader:
