@@ -140,19 +140,41 @@ def test_what_the_kernels_do_not_route_by(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "code"),
+    ("changes", "groups", "code"),
     [
-        ({"top_k": 9, "num_experts": 64}, "shape.top_k"),
-        ({"top_k": 8, "num_experts": 16}, "shape.top_k"),
-        ({"top_k": 23, "num_experts": 512}, "shape.top_k"),
+        ({"top_k": 9, "num_experts": 64}, {}, "shape.top_k"),
+        ({"top_k": 8, "num_experts": 16}, {}, "shape.top_k"),
+        ({}, {"num_groups": 8, "topk_groups": 5}, "topk.format"),
+        ({"num_experts": 48}, {"num_groups": 16}, "topk.format"),
+        ({"num_experts": 160}, {}, "topk.format"),  # 40 experts a group
+        ({"num_experts": 18}, {"num_groups": 2, "topk_groups": 1}, "shape.num_experts"),
     ],
 )
-def test_limits_of_routing_by_groups(changes: dict[str, int], code: str) -> None:
-    found = codes(of(DEEPSEEK, 3).replace(**changes))
-    assert found == {code}
-    assert codes(of(DEEPSEEK, 3).replace(top_k=22, num_experts=512)) == set()
-    more = of(RoutingConfig(**{**vars_of(DEEPSEEK), "num_groups": 8, "topk_groups": 5}), 3)
-    assert codes(more) == {"topk.format"}
+def test_limits_of_routing_by_groups(changes: dict[str, int], groups: dict[str, int], code: str) -> None:
+    routing = RoutingConfig(**{**vars_of(DEEPSEEK), **groups})
+    assert codes(of(routing, 3).replace(**changes)) == {code}
+
+
+def test_deepseek_v3_itself_routes() -> None:
+    routing = RoutingConfig(**{**vars_of(DEEPSEEK), "num_groups": 8, "topk_groups": 4})
+    assert codes(of(routing, 8).replace(num_experts=256)) == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "top_k"),
+    [
+        *((name, 256, 8) for name in ("Default", "SigmoidRenorm", "Sigmoid", "TopKSigmoid")),
+        ("Llama4", 128, 1),
+        *((name, 512, 32) for name in ("Renormalize", "RenormalizeNaive", "MiniMax2")),
+    ],
+)
+def test_sizes_that_a_method_is_compiled_for(name: str, experts: int, top_k: int) -> None:
+    """FlashInfer has no kernel beyond these, and would say so in the first forward."""
+    most = of(METHODS[name][0], METHODS[name][1]).replace(num_experts=experts, top_k=top_k)
+    assert codes(most) == set()
+    assert "shape.num_experts" in codes(most.replace(num_experts=experts + 4))
+    if name != "Llama4":  # of several experts it is another method
+        assert "shape.top_k" in codes(most.replace(top_k=top_k + 1))
 
 
 def vars_of(routing: RoutingConfig) -> dict[str, object]:

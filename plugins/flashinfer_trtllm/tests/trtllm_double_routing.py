@@ -41,11 +41,21 @@ def _packed(words: Any, tokens: int, experts: int, top_k: int) -> tuple[Tensor, 
     return ids, (words & 0xFFFF).to(torch.int16).view(_BF16).float()
 
 
+def _compiled(method: Method, experts: int, top_k: int) -> bool:
+    """Whether there is a kernel: the tiers of FlashInfer 0.7.2, experts and slots that one covers."""
+    if method is Method.Llama4:
+        return experts <= 128 and top_k == 1
+    if method is Method.DeepSeekV3:
+        return experts <= 512 and top_k <= 32
+    if method in (Method.Renormalize, Method.RenormalizeNaive, Method.MiniMax2):
+        return experts <= 1024 and top_k <= 32
+    return experts <= 256 and top_k <= 8
+
+
 def _route(
     logits: Tensor, bias: Tensor | None, top_k: int, method: Method, groups: int, chosen: int, factor: float | None
 ) -> tuple[Tensor, Tensor]:
-    if method is Method.Llama4:
-        need(top_k == 1, "Llama4 with several experts")
+    need(_compiled(method, logits.shape[1], top_k), f"no {method!r} for {logits.shape[1]} experts, {top_k} slots")
     need(factor in (None, 1.0) or method is Method.DeepSeekV3, f"{method!r} does not scale in every version")
     if method in (Method.Renormalize, Method.Llama4, Method.TopKSigmoid):
         values, ids = logits.topk(top_k, dim=1)
@@ -55,6 +65,8 @@ def _route(
     ranked = scores if bias is None else scores + bias.float()
     if method is Method.DeepSeekV3:
         need(groups > 0 and chosen > 0 and logits.shape[1] % groups == 0, "DeepSeekV3 without groups")
+        need(logits.shape[1] % 4 == 0 and groups <= 8, "experts that are not in fours, or too many groups")
+        need(groups == 1 or logits.shape[1] // groups <= 32, "more experts in a group than a warp has lanes")
         need(chosen <= min(4, groups) and top_k <= (8 if logits.shape[1] <= 384 else 22), "too many groups or slots")
         need(top_k < chosen * logits.shape[1] // groups, "as many slots as experts in the chosen groups")
         best = ranked.unflatten(1, (groups, -1)).topk(2, dim=2).values.sum(2).topk(chosen, dim=1).indices

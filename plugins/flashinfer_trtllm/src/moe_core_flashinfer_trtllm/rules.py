@@ -20,8 +20,18 @@ _TRTLLM_MULTIPLE = {
     "int4_w4a16": 256,
 }
 _CUTLASS_MULTIPLE = {"bf16": 8, "fp8_tensor": 16, "fp8_block128": 128, "nvfp4": 128}
-#: DeepSeek's grouped routing: slots of a token, by the number of experts that the kernel is made for.
-_GROUPED_TOP_K, _GROUPED_MANY_TOP_K, _GROUPED_EXPERTS = 8, 22, 384
+#: Experts and slots of a token that FlashInfer's routing kernels are compiled for, by method (those not here: all that
+#: `Support` lets through).
+_ROUTED = {
+    "Default": (256, 8),
+    "SigmoidRenorm": (256, 8),
+    "Sigmoid": (256, 8),
+    "TopKSigmoid": (256, 8),
+    "Llama4": (128, 1),
+    "DeepSeekV3": (256, 8),
+}
+#: DeepSeek's grouped routing: groups, chosen groups, experts of a group (a warp looks at one group).
+_GROUPS, _CHOSEN_GROUPS, _GROUP_EXPERTS = 8, 4, 32
 
 
 def trtllm(request: PlanRequest, subject: str) -> list[Reason]:
@@ -150,16 +160,33 @@ def _bypassed(config: MoeConfig, subject: str) -> Iterator[Reason]:
     if method is None:
         what = str(routing)
         yield Reason(subject, "topk.format", f"the kernels do not route by {what}", found=what, hint=hint)
-    if method != "DeepSeekV3":
         return
-    most = _GROUPED_TOP_K if config.num_experts <= _GROUPED_EXPERTS else _GROUPED_MANY_TOP_K
-    if config.top_k > most:
-        message = f"routes by groups to {most} of {config.num_experts} experts at most"
-        yield Reason(subject, "shape.top_k", message, str(most), str(config.top_k), hint)
-    if routing.topk_groups > 4:
-        found = str(routing.topk_groups)
-        yield Reason(subject, "topk.format", "routes to 4 expert groups at most", "4", found, hint)
-    eligible = routing.topk_groups * config.num_experts // routing.num_groups
+    experts, top_k = _ROUTED.get(method, (config.num_experts, config.top_k))
+    for code, what, most, found in (
+        ("shape.num_experts", "experts", experts, config.num_experts),
+        ("shape.top_k", "experts a token", top_k, config.top_k),
+    ):
+        if found > most:
+            message = f"routes by FlashInfer's {method} to at most {most} {what}"
+            yield Reason(subject, code, message, str(most), str(found), hint)
+    if method == "DeepSeekV3":
+        yield from _grouped(config, subject, hint)
+
+
+def _grouped(config: MoeConfig, subject: str, hint: str) -> Iterator[Reason]:
+    routing, experts = config.routing, config.num_experts
+    for what, most, count in (
+        ("expert groups", _GROUPS, routing.num_groups),
+        ("chosen expert groups", _CHOSEN_GROUPS, routing.topk_groups),
+        ("experts a group", _GROUP_EXPERTS, experts // routing.num_groups),
+    ):
+        if count > most:
+            message = f"routes with at most {most} {what}"
+            yield Reason(subject, "topk.format", message, str(most), str(count), hint)
+    if experts % 4:
+        message = "routes by groups with a multiple of 4 experts"
+        yield Reason(subject, "shape.num_experts", message, "a multiple of 4", str(experts), hint)
+    eligible = routing.topk_groups * experts // routing.num_groups
     if config.top_k >= eligible:
         message = f"routes to fewer experts than the {eligible} of the chosen groups"
         yield Reason(subject, "shape.top_k", message, f"below {eligible}", str(config.top_k), hint)
