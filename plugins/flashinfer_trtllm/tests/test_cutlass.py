@@ -211,9 +211,14 @@ def test_options_reach_the_call(changes: dict[str, Any], option: str) -> None:
     assert trtllm_double_cutlass.CALLS[-1]["use_fused_finalize"] is (option == "fused_finalize")
 
 
-def test_an_option_of_another_type_is_refused() -> None:
-    with pytest.raises(BindError, match="fused_finalize"):
-        plan(RUNNER, config(), layer_of(config()).weights, options={"fused_finalize": "yes"})
+@pytest.mark.parametrize("runner", [RUNNER, "flashinfer_trtllm"])
+@pytest.mark.parametrize("option", ["fused_finalize", "distinct_experts"])
+def test_an_option_of_another_type_is_refused(option: str, runner: str) -> None:
+    """A string that says no is no false: slots would be lost without a word."""
+    if (runner, option) == ("flashinfer_trtllm", "fused_finalize"):
+        pytest.skip("it has no such option")
+    with pytest.raises(BindError, match=f"option {option} .* is true or false, got 'no'"):
+        plan(runner, config(num_experts=8), layer_of(config(num_experts=8)).weights, options={option: "no"})
 
 
 def test_a_build_without_the_scheme_is_an_error_when_the_plan_is_bound() -> None:

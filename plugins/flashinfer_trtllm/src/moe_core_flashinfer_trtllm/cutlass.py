@@ -23,6 +23,7 @@ from moe_core_flashinfer_trtllm.layer import (
     activation_type,
     experts_of,
     finish,
+    flag,
     most_rows,
     result,
 )
@@ -75,9 +76,7 @@ class CutlassRunner:
         sizes = cutlass_sizes(binding.request)
         self._hidden, self._padding = config.hidden_size, sizes.hidden_size - config.hidden_size
         self._width, self._dtype = sizes.hidden_size, binding.dtype
-        fused = binding.options.get("fused_finalize", False)
-        if not isinstance(fused, bool):
-            raise BindError(f"the option fused_finalize of flashinfer_cutlass is true or false, got {fused!r}")
+        fused = flag(binding, "fused_finalize")
         all_experts, first, local = experts_of(binding)
         experts = {"ep_size": all_experts // local, "ep_rank": first // local}
         kind = {"activation_type": activation_type(config.activation), "use_fused_finalize": fused}

@@ -57,6 +57,14 @@ def experts_of(binding: Binding) -> Experts:
     return Experts(total, owned[0], local)
 
 
+def flag(binding: Binding, name: str) -> bool:
+    """The option `name`, off where it is not given. Raises BindError for anything but true and false."""
+    value = binding.options.get(name, False)
+    if not isinstance(value, bool):
+        raise BindError(f"the option {name} of FlashInfer's runners is true or false, got {value!r}")
+    return value
+
+
 def most_rows(binding: Binding) -> int:
     """The most rows of one call: where ranks bring their own tokens, those of all ranks may come to this one."""
     if binding.max_tokens is None:

@@ -11,6 +11,7 @@ from moe_core.errors import ContractViolation
 from moe_core.formats import StandardDispatchOutput
 from moe_core.protocols import Binding
 from moe_core.vocabulary import Step
+from moe_core_flashinfer_trtllm.layer import flag
 
 TopK = tuple[Tensor, Tensor]
 
@@ -34,7 +35,7 @@ def topk_reader(binding: Binding) -> Callable[[StandardDispatchOutput], TopK]:
     scaling = config.routed_scaling_factor if terms is not None and terms.runner_does(Step.ROUTED_SCALING) else 1.0
     padded = terms is not None and "num_valid" in terms.extras
     later = None
-    if config.top_k > 1 and not binding.options.get("distinct_experts"):
+    if not flag(binding, "distinct_experts") and config.top_k > 1:
         later = torch.ones(config.top_k, config.top_k, dtype=torch.bool, device=binding.device).tril(-1)
 
     def read(d: StandardDispatchOutput) -> TopK:
