@@ -275,6 +275,15 @@ def test_refusals() -> None:
         planned("cutedsl", config, layer.weights, options={"fused_finalize": True}, features={"deterministic"})
 
 
+@pytest.mark.parametrize("option", [{"activations": "bf16"}, {"activations": "fp8"}, {"fused_finalize": True}])
+def test_options_of_the_fused_moe_are_no_options_of_the_masked_gemms(option: dict[str, Any]) -> None:
+    """They would do nothing there: tokens would be quantized although bf16 was asked for."""
+    config, layer = layer_of()
+    with pytest.raises(ConfigError, match=f"'{next(iter(option))}' of 'cutedsl'.*masked grouped GEMMs"):
+        planned("cutedsl", config, calibrated(layer).weights, options=option, **BATCHED)
+    planned("cutedsl", config, calibrated(layer).weights, options={"activations": "nvfp4"}, **BATCHED)
+
+
 def test_the_layouts_cannot_be_mixed_up(patch: pytest.MonkeyPatch) -> None:
     config, layer = layer_of()
     layer, prepare = calibrated(layer), nvfp4_weights.prepare

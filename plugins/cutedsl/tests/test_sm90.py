@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -219,3 +220,21 @@ def test_against_the_reference_runner() -> None:
     wanted = moe_core.plan(config, layer.weights, runner="reference")(layer.hidden, layer.topk)
     result = planned("cutedsl_sm90", config, layer.weights)(layer.hidden, layer.topk)
     assert_close(result, wanted, config.dtype)
+
+
+@pytest.mark.parametrize(("distribution", "old"), [("nvidia-cutlass-dsl", "4.6.2"), ("triton", "3.3.1")])
+def test_older_packages_are_refused_with_their_version(
+    distribution: str, old: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the README asks for is asked of the machine, before anything is imported."""
+    from moe_core_cutedsl.plugin import NVFP4, SM90
+
+    from moe_core import _metadata
+
+    for spec in (NVFP4, SM90):
+        (wanted,) = [r for r in spec.support.requires if r.distribution == distribution]
+        here = replace(wanted, module="moe_core", submodule=None)  # a module that is there, whatever else is
+        monkeypatch.setattr(_metadata, "version", lambda name: old if name == distribution else None)
+        assert [reason.code for reason in here.why_not("it")] == ["dep.version"]
+        monkeypatch.setattr(_metadata, "version", lambda name, wanted=wanted: wanted.min_version)
+        assert here.why_not("it") == []

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_core.errors import ContractViolation
+from moe_core.errors import ConfigError, ContractViolation
 from moe_core.formats import BatchedDispatchOutput
 from moe_core.protocols import Binding, RunningState
 from moe_core.quant import TwoLevelScale
 from moe_core_cutedsl.layouts import swizzled
-from moe_core_cutedsl.nvfp4_weights import NvFp4Weights
+from moe_core_cutedsl.nvfp4_weights import QUANTIZED, NvFp4Weights
 from moe_core_cutedsl.vendor import entry, has, load
 
 _QUANTIZER = ("a", "mask", "a_global_sf")
@@ -44,6 +44,13 @@ class MaskedExperts:
     """
 
     def __init__(self, binding: Binding) -> None:
+        for option, default in (("activations", QUANTIZED), ("fused_finalize", False)):
+            if binding.options.get(option, default) != default:
+                raise ConfigError(
+                    f"the option {option!r} of 'cutedsl' is {binding.options[option]!r}, and the masked grouped GEMMs "
+                    "have none",
+                    hint="it is for the format `standard`: leave it out for this dispatcher",
+                )
         self._gemm, self._quantize, self._activate = load(GEMM), load(QUANTIZE), load(ACTIVATE)
         # 4over6 is another search of block scales, which some releases switch on by environment variables.
         self._search = {

@@ -13,12 +13,15 @@ _CUTE = Requires(
     module="cutlass",
     submodule="cute",
     distribution="nvidia-cutlass-dsl",
+    min_version="4.7",
     hint="pip install nvidia-cutlass-dsl (the module 'cutlass' of the package nvidia-cutlass is another one)",
 )
 # FlashInfer hides its CuTe DSL names, without a word, where Triton cannot be imported.
 _TRITON = Requires(
     module="triton",
     submodule="language",
+    distribution="triton",
+    min_version="3.4",
     hint="FlashInfer needs Triton for its CuTe DSL kernels; CUDA builds of torch bring it",
 )
 
