@@ -40,6 +40,29 @@ def test_a_renamed_argument_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "install flashinfer-python" in text
 
 
+@pytest.mark.parametrize(
+    ("runner", "scheme", "place", "name"),
+    [
+        (TRTLLM, "bf16", "flashinfer", "shuffle_matrix_a"),
+        (TRTLLM, "bf16", "flashinfer.fused_moe", "convert_to_block_layout"),
+        (TRTLLM, "mxfp8", "flashinfer", "block_scale_interleave"),
+        (TRTLLM, "mxfp8", "flashinfer.fused_moe", "reorder_rows_for_gated_act_gemm"),
+        (CUTLASS, "nvfp4", "flashinfer", "block_scale_interleave"),
+        (CUTLASS, "mxfp4_w4a16", "flashinfer.fused_moe", "interleave_moe_weights_for_sm90_mixed_gemm"),
+        (CUTLASS, "mxfp4_w4a16", "flashinfer.fused_moe", "interleave_moe_scales_for_sm90_mixed_gemm"),
+    ],
+)
+def test_preparation_is_checked_like_every_call(
+    runner: str, scheme: str, place: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(given: Any) -> None: ...
+
+    monkeypatch.setattr(sys.modules[place], name, other)
+    layer = config(scheme, num_experts=8)
+    with pytest.raises(BindError, match=f"another {name} than this plugin was written for .*asks for given"):
+        plan(runner, layer, layer_of(layer).weights)
+
+
 @pytest.mark.parametrize(("runner", "name"), [(TRTLLM, "trtllm_bf16_routed_moe"), (CUTLASS, "cutlass_fused_moe")])
 def test_a_function_that_is_not_there_is_named(runner: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(sys.modules["flashinfer.fused_moe"], name)

@@ -120,12 +120,12 @@ def test_a_forgotten_step_of_hopper_shows(scheme: str, monkeypatch: pytest.Monke
     import trtllm_double_cutlass
 
     name = "interleave_moe_weights_for_sm90_mixed_gemm"
-    real = cutlass_weights.function
+    real = cutlass_weights.bind_call
 
-    def forgets(wanted: str, *place: str) -> Any:
-        return (lambda weight, quant_type: weight.clone()) if wanted == name else real(wanted, *place)
+    def forgets(wanted: str, *more: Any) -> Any:
+        return (lambda weight: weight.clone()) if wanted == name else real(wanted, *more)
 
-    monkeypatch.setattr(cutlass_weights, "function", forgets)
+    monkeypatch.setattr(cutlass_weights, "bind_call", forgets)
     if scheme == "bf16":
         judge(CUTLASS, scheme)  # it has no such step
     else:

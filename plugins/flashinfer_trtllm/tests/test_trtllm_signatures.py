@@ -129,7 +129,7 @@ def test_plans_bind_to_the_real_signatures(
     installed: Any, runner: str, bypassed: bool, double: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole plans over the double, with every call checked against the signature of the installed function."""
-    from moe_core_flashinfer_trtllm import cutlass, library, trtllm, trtllm_tokens
+    from moe_core_flashinfer_trtllm import cutlass, cutlass_weights, library, trtllm, trtllm_layouts, trtllm_tokens
     from moe_core_flashinfer_trtllm.plugin import CUTLASS, TRTLLM
 
     from moe_core.vocabulary import TOPK_BYPASSED, TOPK_STANDARD
@@ -144,7 +144,7 @@ def test_plans_bind_to_the_real_signatures(
         checked.add(name)
         return library.bind_call(name, fixed, given, place)
 
-    for module in (cutlass, trtllm, trtllm_tokens):
+    for module in (cutlass, cutlass_weights, trtllm, trtllm_layouts, trtllm_tokens):
         monkeypatch.setattr(module, "bind_call", bind)
     spec = TRTLLM if runner == "flashinfer_trtllm" else CUTLASS
     for scheme in sorted(spec.support.schemes):
@@ -155,4 +155,4 @@ def test_plans_bind_to_the_real_signatures(
             layer = trtllm_double.config(scheme, **({"num_experts": 8, "activation": activation} | sizes))
             format_ = TOPK_BYPASSED if bypassed else TOPK_STANDARD
             trtllm_double.plan(runner, layer, trtllm_double.layer_of(layer).weights, topk_format=format_)
-    assert len(checked) >= (2 if runner == "flashinfer_cutlass" else 7)
+    assert len(checked) == (5 if runner == "flashinfer_cutlass" else 11)

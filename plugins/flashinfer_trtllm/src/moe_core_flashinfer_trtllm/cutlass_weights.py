@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_core.errors import WeightError
 from moe_core.protocols import Binding
 from moe_core.weights import CanonicalWeights
-from moe_core_flashinfer_trtllm.library import function
+from moe_core_flashinfer_trtllm.library import bind_call
 from moe_core_flashinfer_trtllm.rows import up_first
 from moe_core_flashinfer_trtllm.scales import Calibration, calibration, require_linear_up
 from moe_core_flashinfer_trtllm.states import Portable
@@ -80,12 +80,12 @@ def _fp8_tensor(prepared: CutlassWeights, c: Calibration) -> None:
 
 def _mxfp4(prepared: CutlassWeights, weights: CanonicalWeights, gated: bool) -> None:
     """[scales of w13, scales of w2], folded to [E, rows / 64, K / 128, 16, 16] bytes and read as int32."""
-    interleave = function("interleave_moe_weights_for_sm90_mixed_gemm")
-    fold = function("interleave_moe_scales_for_sm90_mixed_gemm")
+    interleave = bind_call("interleave_moe_weights_for_sm90_mixed_gemm", {"quant_type": "fp4"}, ("weight",))
+    fold = bind_call("interleave_moe_scales_for_sm90_mixed_gemm", {"group_size": 32}, ("scales",))
     scale13, scale2 = up_first(_bytes(weights.w13_scale), gated), _bytes(weights.w2_scale)
-    prepared.w13 = interleave(weight=prepared.w13, quant_type="fp4")
-    prepared.w2 = interleave(weight=prepared.w2, quant_type="fp4")
-    prepared.scales = [fold(scales=s.contiguous(), group_size=32).view(torch.int32) for s in (scale13, scale2)]
+    prepared.w13 = interleave(weight=prepared.w13)
+    prepared.w2 = interleave(weight=prepared.w2)
+    prepared.scales = [fold(scales=s.contiguous()).view(torch.int32) for s in (scale13, scale2)]
 
 
 def _nvfp4(prepared: CutlassWeights, weights: CanonicalWeights, c: Calibration, gated: bool) -> None:
@@ -94,7 +94,7 @@ def _nvfp4(prepared: CutlassWeights, weights: CanonicalWeights, c: Calibration, 
 
     Block scales: e4m3 in 128 x 4 tiles, read as int32 [E, rows, K / 64].
     """
-    swizzle = function("block_scale_interleave", "flashinfer")
+    swizzle = bind_call("block_scale_interleave", {}, ("unswizzled_sf",), "flashinfer")
     blocks = []
     for scale in (up_first(_bytes(weights.w13_scale), gated), _bytes(weights.w2_scale)):
         experts, rows, columns = scale.shape

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from moe_core_flashinfer_trtllm.library import function
+from moe_core_flashinfer_trtllm.library import bind_call
 
 #: Rows of a tile of the kernels' epilogue, and bytes of a block along K.
 TILE, BLOCK = 128, 128
@@ -22,8 +22,9 @@ def row_order(rows: int, gated: bool) -> Tensor:
     index = torch.arange(rows).unsqueeze(1)
     if gated:
         gate, up = index.chunk(2)
-        index = function("reorder_rows_for_gated_act_gemm")(x=torch.cat([up, gate]))
-    shuffled: Tensor = function("shuffle_matrix_a", "flashinfer")(input_tensor=index, epilogue_tile_m=TILE)
+        index = bind_call("reorder_rows_for_gated_act_gemm", {}, ("x",))(x=torch.cat([up, gate]))
+    shuffle = bind_call("shuffle_matrix_a", {"epilogue_tile_m": TILE}, ("input_tensor",), "flashinfer")
+    shuffled: Tensor = shuffle(input_tensor=index)
     return shuffled.squeeze(1)
 
 
@@ -37,12 +38,13 @@ def shuffled(tensor: Tensor, gated: bool) -> Tensor:
 
 def blocked(tensor: Tensor) -> Tensor:
     """[E, rows, K] -> [E, K / b, rows, b] with b elements in 128 bytes (`WeightLayout.BlockMajorK`)."""
-    convert = function("convert_to_block_layout")
-    blocks = [convert(input_tensor=expert.view(torch.uint8), blockK=BLOCK) for expert in tensor]
+    convert = bind_call("convert_to_block_layout", {"blockK": BLOCK}, ("input_tensor",))
+    blocks = [convert(input_tensor=expert.view(torch.uint8)) for expert in tensor]
     return torch.stack(blocks).view(tensor.dtype)
 
 
 def swizzled(scale: Tensor) -> Tensor:
     """[E, rows, K / group] of bytes or bfloat16 -> the same shape in tiles of 128 x 4, which rows and columns fill."""
-    tiles: Tensor = function("block_scale_interleave", "flashinfer")(unswizzled_sf=scale.contiguous())
+    swizzle = bind_call("block_scale_interleave", {}, ("unswizzled_sf",), "flashinfer")
+    tiles: Tensor = swizzle(unswizzled_sf=scale.contiguous())
     return tiles.view(scale.dtype).reshape(scale.shape)
