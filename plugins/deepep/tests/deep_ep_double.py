@@ -164,7 +164,8 @@ class Buffer(Collective):
             raise DoubleError("dispatch needs topk_idx and topk_weights (not implemented: without) and their layout")
         experts, local = len(num_tokens_per_expert), len(num_tokens_per_expert) // ranks
         is_tensor("topk_weights", topk_weights, F32, tuple(topk_idx.shape))
-        if (topk_idx.data_ptr() == 0) != (topk_weights.data_ptr() == 0):  # an assertion of its kernel, seen on an H200
+        # An assertion of its kernel, seen on an H200. (Python's data_ptr() is 0 for every empty tensor.)
+        if len({part.untyped_storage().data_ptr() == 0 for part in (topk_idx, topk_weights)}) > 1:
             raise DoubleError("topk_idx and topk_weights have an address both, or neither: empty tensors may differ")
         told = num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank
         per_rank, _, per_expert, in_rank, _ = made = self.get_dispatch_layout(topk_idx, experts, async_finish=True)

@@ -120,7 +120,8 @@ class LowLatencyDispatcher:
         output, state.output = state.output, None
         own = Handle(route, ids, weights, output)
         shared.flying.add(own)
-        return (rows, counts, own, tokens), shared.receive
+        told = state.tokens_per_rank
+        return (rows, counts, own, tokens * self._ranks if told is None else sum(told)), shared.receive
 
     def dispatch_finish(self, handle: Flying, state: RunningState) -> BatchedDispatchOutput:
         """Receive."""
@@ -129,9 +130,9 @@ class LowLatencyDispatcher:
             handle.receive()
         return self._given(*handle.result)
 
-    def _given(self, rows: Any, counts: Tensor, own: Handle, tokens: int) -> BatchedDispatchOutput:
+    def _given(self, rows: Any, counts: Tensor, own: Handle, everybodys: int) -> BatchedDispatchOutput:
         data, scale = rows if self._fp8 else (rows, None)
-        slots = tokens * self._ranks * self._binding.config.top_k
+        slots = everybodys * self._binding.config.top_k  # as far as this rank knows
         return BatchedDispatchOutput(
             data,
             counts,
