@@ -21,7 +21,8 @@ class HardwareInfo:
     """One kind of device, as selection sees it.
 
     device_type: "cuda", "rocm", "cpu" or a plugin's own; arch: "sm_90", "gfx942", "x86_64", ...
-    memory_bytes and compute_units (SMs, CUs or cores) are per device. `present` is False for named profiles.
+    memory_bytes and compute_units (SMs, CUs or cores) are per device. features: "peer_access" (the GPUs of the host
+    reach each other's memory), "nvlink", "xgmi", a CPU's flags. `present` is False for named profiles.
     """
 
     device_type: DeviceType
@@ -63,13 +64,13 @@ def _gpu(kind: DeviceType, arch: str, product: str, gib: int, units: int, *featu
 #: Vendors' published figures. `device_count` is that of the usual server.
 PROFILES: Final[dict[str, HardwareInfo]] = {
     "cpu": HardwareInfo(device_type="cpu", arch="x86_64", product="generic CPU"),
-    "a100": _gpu("cuda", "sm_80", "NVIDIA A100", 80, 108, "nvlink"),
-    "h100": _gpu("cuda", "sm_90", "NVIDIA H100", 80, 132, "nvlink"),
-    "h200": _gpu("cuda", "sm_90", "NVIDIA H200", 141, 132, "nvlink"),
-    "b200": _gpu("cuda", "sm_100", "NVIDIA B200", 180, 148, "nvlink"),
-    "gb200": _gpu("cuda", "sm_100", "NVIDIA GB200", 186, 148, "nvlink"),
-    "mi300x": _gpu("rocm", "gfx942", "AMD Instinct MI300X", 192, 304, "xgmi"),
-    "mi355x": _gpu("rocm", "gfx950", "AMD Instinct MI355X", 288, 256, "xgmi"),
+    "a100": _gpu("cuda", "sm_80", "NVIDIA A100", 80, 108, "nvlink", "peer_access"),
+    "h100": _gpu("cuda", "sm_90", "NVIDIA H100", 80, 132, "nvlink", "peer_access"),
+    "h200": _gpu("cuda", "sm_90", "NVIDIA H200", 141, 132, "nvlink", "peer_access"),
+    "b200": _gpu("cuda", "sm_100", "NVIDIA B200", 180, 148, "nvlink", "peer_access"),
+    "gb200": _gpu("cuda", "sm_100", "NVIDIA GB200", 186, 148, "nvlink", "peer_access"),
+    "mi300x": _gpu("rocm", "gfx942", "AMD Instinct MI300X", 192, 304, "xgmi", "peer_access"),
+    "mi355x": _gpu("rocm", "gfx950", "AMD Instinct MI355X", 288, 256, "xgmi", "peer_access"),
 }
 
 
@@ -96,14 +97,17 @@ def detect(device: Any = None) -> HardwareInfo:
         else:
             arch, kind = f"sm_{properties.major}{properties.minor}", "cuda"
             runtime = f"CUDA {torch.version.cuda}"
+        count = torch.cuda.device_count()
+        reach = count > 1 and all(torch.cuda.can_device_access_peer(0, other) for other in range(1, count))
         return HardwareInfo(
             device_type=kind,
             arch=arch,
             product=properties.name,
-            device_count=torch.cuda.device_count(),
+            device_count=count,
             memory_bytes=properties.total_memory,
             compute_units=properties.multi_processor_count,
             runtime=runtime,
+            features=frozenset({"peer_access"} if reach else ()),
             present=True,
         )
     return detect_cpu()

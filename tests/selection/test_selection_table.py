@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,19 @@ def test_what_the_layer_needs_moves_the_choice(hardware: str, ep: int, changes: 
         changes["settings"] = Settings(options=changes.pop("options"))
     changes["tokens"] = "replicated" if expected.startswith("standard+") else "sharded"
     assert chosen(hardware, changes.pop("scheme", "bf16"), ep, **changes) == expected
+
+
+def test_gpus_that_do_not_reach_each_other_use_collectives() -> None:
+    apart = replace(PROFILES["h200"], features=frozenset())
+    found = resolve(
+        LAYER, ParallelConfig(ep_size=8, tokens="sharded"), apart, registry=installed(("triton",)),
+        max_tokens=128, settings=Settings(), assume=("dependencies", "targets"),
+    )  # fmt: skip
+    assert found.require().id == "allgather+triton/fused"
+    (verdict,) = [v for v in found.verdicts if v.spec.name == "symm_mem"]
+    assert [r.message for r in verdict.reasons] == [
+        "the GPUs of this host do not reach each other's memory (peer access)"
+    ]
 
 
 @pytest.mark.parametrize("hardware", PROFILES)

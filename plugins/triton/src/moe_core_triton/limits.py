@@ -32,7 +32,9 @@ def one_host(request: PlanRequest, subject: str) -> list[Reason]:
     """Peers' memory is mapped, so all ranks of the layer must be on this host, each with a GPU that this one sees."""
     ranks, here = request.parallel.ep_size * request.parallel.tp_size, request.hardware.device_count
     if ranks <= here:
-        return []
+        if ranks == 1 or "peer_access" in request.hardware.features:
+            return []
+        return [Reason(subject, "parallel.ep", "the GPUs of this host do not reach each other's memory (peer access)")]
     return [
         Reason(
             subject,
