@@ -123,8 +123,15 @@ def kind(runner: str) -> str:
 
 def expected_all_to_all(hardware: str, scheme: str) -> str:
     runner = best_runner(hardware, scheme)
-    carrier = "mori" if hardware in ("mi300x", "mi355x") else "allgather" if hardware == "cpu" else "symm_mem"
-    return f"{carrier}+{runner}/{kind(runner)}"
+    if hardware in ("mi300x", "mi355x"):
+        return f"mori+{runner}/{kind(runner)}"
+    if hardware in ("cpu", "a100"):
+        return f"allgather+{runner}/{kind(runner)}"  # no vendor's all-to-all there
+    if runner == "flashinfer_trtllm":
+        # Token-major rows alone: DeepEP's normal kernels in both phases.
+        return f"deepep_normal+{runner}/{kind(runner)}"
+    # DeepEP by phase: token-major rows in prefill, where Triton has a fused func, expert-major ones in decode.
+    return f"deepep+{runner}/{'mixed' if runner == 'triton' else 'split'}"
 
 
 def test_every_profile_and_scheme_is_in_the_table() -> None:
@@ -190,7 +197,7 @@ def test_what_is_only_announced_is_not_chosen(hardware: str) -> None:
         ("h200", "bf16", 8, ("triton",), "standard+triton/fused"),
         ("h200", "bf16", 8, ("deepep",), "deepep+reference/split"),
         ("h200", "bf16", 8, ("deepep", "flashinfer_trtllm"), "standard+flashinfer_cutlass/fused"),
-        ("h200", "bf16", 8, ("triton",), "symm_mem+triton/fused"),
+        ("h200", "bf16", 8, ("triton",), "allgather+triton/fused"),
         ("h200", "bf16", 16, ("triton",), "allgather+triton/fused"),
         # Rows alone, and local ids: DeepEP's normal kernels.
         ("h200", "bf16", 8, ("deepep", "flashinfer_trtllm"), "deepep_normal+flashinfer_cutlass/fused"),
@@ -234,9 +241,8 @@ def test_what_is_installed_decides_among_what_fits(
         ("cpu", 1, {"no_combine": True, "bias": True}, "standard+cpu/fused"),
         # LoRA hooks are inside the runner, where a fused func cannot call them.
         ("h200", 1, {"hooks": ("after_gate_up",)}, "standard+triton/split"),
-        # One host: whatever the phases, and with graphs in all of them.
-        ("h200", 8, {"graph_capture": tuple(Phase)}, "symm_mem+triton/fused"),
-        ("h200", 8, {"max_tokens": 4096, "hidden_size": 2304}, "symm_mem+triton/fused"),
+        ("h200", 8, {"graph_capture": tuple(Phase)}, "deepep_ll+triton/split"),
+        ("h200", 8, {"max_tokens": 4096, "hidden_size": 2304}, "deepep_normal+triton/fused"),
         # Its memory is sized by tokens.
         ("h200", 8, {"max_tokens": None}, "deepep_normal+triton/fused"),
         # Two hosts. DeepEP by phase: token-major in prefill, where Triton has a fused func, expert-major in decode.

@@ -10,7 +10,7 @@ What `dispatch` gives lies in the shared memory until its `combine`: then the ot
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -264,13 +264,13 @@ class SymmMemDispatcher:
 
 def _places(binding: Binding) -> tuple[Tensor, Tensor]:
     """int32 [E]: the EP rank of each expert, and its number there."""
-    experts = binding.config.num_experts
-    owner, index = torch.zeros(2, experts, dtype=torch.int32)
-    for rank in range(binding.parallel.ep_size):
-        local = torch.tensor(replace(binding.parallel, ep_rank=rank).local_experts(experts), dtype=torch.int64)
-        owner[local] = rank
-        index[local] = torch.arange(len(local), dtype=torch.int32)
-    return owner.to(binding.device), index.to(binding.device)
+    experts, parallel = binding.config.num_experts, binding.parallel
+    index = [0] * experts
+    for rank in range(parallel.ep_size):
+        for number, expert in enumerate(parallel.local_experts(experts, rank)):
+            index[expert] = number
+    owner = torch.tensor(parallel.owners(experts), dtype=torch.int32, device=binding.device)
+    return owner, torch.tensor(index, dtype=torch.int32, device=binding.device)
 
 
 def _warps(row_bytes: int, rows: int) -> int:
