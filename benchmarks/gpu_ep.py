@@ -1,6 +1,6 @@
 """Expert parallelism on one host: dispatch and combine, and whole layers against their compute alone.
 
-    PYTHONPATH=.:plugins/triton/src python benchmarks/gpu_ep.py --ranks 2 --out "$OUT"
+    PYTHONPATH=.:plugins/triton/src python benchmarks/gpu_ep.py --ranks 2 --out bench-out
     python benchmarks/gpu_ep.py --dry --ranks 2       # tiny layers over gloo: every step, no meaning
 
 Every rank brings its own tokens, T each, with uniform random routing. Times are medians, of the slowest rank, in CUDA
@@ -324,7 +324,7 @@ def show(rows: list[Row]) -> Table:
 @click.option("--tokens", default=",".join(map(str, TOKENS)), show_default=True, help="Of a rank.")
 @click.option("--runner", default="triton", show_default=True)
 @click.option("--budget", default=300.0, show_default=True, help="Seconds after which no further point begins.")
-@click.option("--out", type=click.Path(path_type=Path), default=lambda: Path(os.environ.get("OUT", "bench-out")))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("bench-out"), show_default=True)
 @click.option("--dry", is_flag=True, help="Tiny layers over gloo on this CPU.")
 def main(
     ranks: int, layers: str, dispatchers: str, tokens: str, runner: str, budget: float, out: Path, dry: bool

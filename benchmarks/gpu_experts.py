@@ -1,6 +1,6 @@
 """The experts of one layer on one GPU, against their floor and against peers, checked in the same run.
 
-    PYTHONPATH=.:plugins/triton/src python benchmarks/gpu_experts.py --budget 360 --out "$OUT"
+    PYTHONPATH=.:plugins/triton/src python benchmarks/gpu_experts.py --budget 360 --out bench-out
 
 One call is (tokens, ids, weights) to the summed output, through `moe_core.plan`. Every point is a CUDA graph over
 several batches (and copies of the weights, where one layer's are small) that pass the L2 cache; contestants take

@@ -2,7 +2,7 @@
 
 Goal: 15 us together up to 1024 tokens.
 
-    PYTHONPATH=.:plugins/triton/src python benchmarks/gpu_routing.py --out "$OUT"
+    PYTHONPATH=.:plugins/triton/src python benchmarks/gpu_routing.py --out bench-out
 
 Times are medians of CUDA-graph replays with different logits. Checked in the same run: the choice against
 `moe_core.routing`, the table against a count of the ids.

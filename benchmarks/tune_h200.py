@@ -1,8 +1,8 @@
 """Tune the Triton runner on the layers of `shapes.py`: makes the file that its package ships, or judges it.
 
     export PYTHONPATH=.:plugins/triton/src
-    python benchmarks/tune_h200.py --budget 560 --out "$OUT"
-    python benchmarks/tune_h200.py --holdout --shipped "$OUT/nvidia_h200.json" --out "$OUT"
+    python benchmarks/tune_h200.py --budget 560 --out bench-out
+    python benchmarks/tune_h200.py --holdout --shipped bench-out/nvidia_h200.json --out bench-out
 
 The first writes OUT/nvidia_h200.json from the layers that may be tuned, the most important first, each with an equal
 share of what is left of the budget; run again with the same OUT, it goes on from there. `--holdout` tunes the layers on
@@ -189,7 +189,7 @@ def _parts(value: str) -> tuple[str, ...]:
 @click.option("--each", default=60.0, show_default=True, help="The most seconds for one layer.")
 @click.option("--problems", default="", help="shape:scheme,...; default: all that are shipped, in order of importance.")
 @click.option("--tokens", default=",".join(map(str, TOKENS)), show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=lambda: Path(os.environ.get("OUT", "bench-out")))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("bench-out"), show_default=True)
 @click.option("--store", default="", help="Name of the file in OUT; default: nvidia_h200.json or holdout.json.")
 @click.option("--holdout", is_flag=True, help="Tune the never-tuned layers, and say what their defaults are worth.")
 @click.option("--shipped", type=click.Path(exists=True, path_type=Path), help="The file that defaults come from.")
